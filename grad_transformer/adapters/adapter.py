@@ -1,0 +1,160 @@
+"""`LoraAdapter`: a PEFT LoRA adapter as plain data, read from and written to folders that peft itself understands."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+
+from ..constants import ADAPTER_CONFIG_NAME, ADAPTER_METADATA_NAME, ADAPTER_WEIGHTS_NAME
+from ..errors import AdapterFormatError, BaseModelMismatchError
+from .io import read_header, read_json, read_tensors, resolve_folder, save_tensors_atomic, write_json_atomic
+from .layout import LoraLayout
+
+
+ADAPTER_FILES = (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, ADAPTER_METADATA_NAME)
+
+
+@dataclass
+class LoraAdapter:
+    """A LoRA adapter: its config, its tensors, and the layout that orders them.
+
+    Args:
+        config (`dict`): content of `adapter_config.json`.
+        tensors (`dict[str, torch.Tensor]`): the tensors by their keys in `adapter_model.safetensors`.
+        layout ([`LoraLayout`]): order, shapes and scalings of the tensors.
+        metadata (`dict`): facts that peft's config has no field for; written to `grad_transformer.json`.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    layout: LoraLayout
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        layout: LoraLayout | None = None,
+        subfolder: str | None = None,
+        **hub_kwargs: Any,
+    ) -> LoraAdapter:
+        """Read an adapter from a folder or a Hub repository, its config and header before any tensor.
+
+        Args:
+            name_or_path (`str` or `Path`): PEFT adapter folder, or repository id.
+            layout ([`LoraLayout`], *optional*): the layout that the adapter must have. Without it the layout is read
+                off the adapter's own config, which means trusting the patterns in it.
+            subfolder (`str`, *optional*): folder below `name_or_path`.
+            hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+        Raises:
+            [`AdapterFormatError`]: missing or unsafe files, or content that A and B alone do not hold.
+            [`LayoutMismatchError`]: not the given layout.
+        """
+        folder = resolve_folder(name_or_path, allow_patterns=ADAPTER_FILES, subfolder=subfolder, **hub_kwargs)
+        config = read_json(folder / ADAPTER_CONFIG_NAME, error=AdapterFormatError)
+        weights = folder / ADAPTER_WEIGHTS_NAME
+        if not weights.is_file():
+            pickles = sorted(path.name for path in folder.glob("*.bin"))
+            raise AdapterFormatError(
+                "The adapter's weights are not stored as safetensors.",
+                path=folder,
+                expected=ADAPTER_WEIGHTS_NAME,
+                found=", ".join(pickles) or "no weights",
+                remedy="save it with peft's save_pretrained(..., safe_serialization=True); pickles are never read",
+            )
+        header, _ = read_header(weights)
+        for key, info in header.items():
+            if not info.dtype.is_floating_point:
+                raise AdapterFormatError(
+                    f"Tensor {key} is not floating-point.", path=weights, expected="float dtype", found=info.dtype
+                )
+        shapes = {key: info.shape for key, info in header.items()}
+        if layout is None:
+            layout = LoraLayout.from_adapter_config(config, shapes, path=str(folder))
+        else:
+            layout.check_config(config, shapes, path=str(folder))
+        metadata_path = folder / ADAPTER_METADATA_NAME
+        metadata = read_json(metadata_path, error=AdapterFormatError) if metadata_path.is_file() else {}
+        return cls(config, read_tensors(weights, list(shapes)), layout, metadata)
+
+    @property
+    def base_model(self) -> str | None:
+        """`base_model_name_or_path` of the adapter's config."""
+        return self.config.get("base_model_name_or_path")
+
+    def check_base_model(self, expected: str | None, *, path: str | None = None) -> None:
+        """Refuse an adapter of another base model; local copies of one model may have different parent folders.
+
+        Raises:
+            [`BaseModelMismatchError`]
+        """
+        if expected and self.base_model and _last_part(expected) != _last_part(self.base_model):
+            raise BaseModelMismatchError(
+                "The adapter belongs to another base model.",
+                path=path,
+                expected=expected,
+                found=self.base_model,
+                remedy="fine-tune the base model that the root was made for",
+            )
+
+    def flat(self, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """All values in layout order, shape `(numel,)`."""
+        return self.layout.flatten(self.tensors, dtype=dtype)
+
+    def with_values(self, values_P: torch.Tensor, *, metadata: Mapping[str, Any] | None = None) -> LoraAdapter:
+        """An adapter of the same config and layout with other values, in the dtypes of this one's tensors."""
+        values = self.layout.unflatten(values_P)
+        tensors = {key: values[key].to(tensor.dtype) for key, tensor in self.tensors.items()}
+        return LoraAdapter(dict(self.config), tensors, self.layout, dict(metadata or {}))
+
+    def save_pretrained(self, save_directory: str | Path) -> Path:
+        """Write a folder that `PeftModel.from_pretrained(model, folder)` loads; `adapter_config.json` comes last."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors_atomic(folder / ADAPTER_WEIGHTS_NAME, self.tensors, {"format": "pt"})
+        if self.metadata:
+            write_json_atomic(folder / ADAPTER_METADATA_NAME, self.metadata)
+        write_json_atomic(folder / ADAPTER_CONFIG_NAME, {**self.config, "inference_mode": True})
+        return folder
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload LoRA adapter",
+    ) -> str:
+        """Create the model repository if needed and upload the adapter's files in one commit.
+
+        Returns:
+            `str`: URL of the commit.
+
+        Raises:
+            [`huggingface_hub.errors.HfHubHTTPError`]: no permission, or the Hub cannot be reached.
+        """
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message,
+                allow_patterns=list(ADAPTER_FILES),
+            )
+        return str(commit.commit_url)
+
+
+def _last_part(name_or_path: str) -> str:
+    return str(name_or_path).rstrip("/").rsplit("/", 1)[-1]

@@ -1,0 +1,21 @@
+"""File names and the format version of everything that is written."""
+
+FORMAT_VERSION = 1
+
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+# Facts that peft's own config has no field for: the root an adapter started from, how it was made.
+ADAPTER_METADATA_NAME = "grad_transformer.json"
+
+ROOT_NAME = "root.json"
+ROOT_FOLDER = "root"
+
+TOKENIZER_NAME = "lora_delta_tokenizer.json"
+TOKENIZER_STATISTICS_NAME = "statistics.safetensors"
+SOURCE_FOLDER = "source"
+TARGET_FOLDER = "target"
+
+PLAN_NAME = "plan.json"
+RUNS_FOLDER = "runs"
+DELTA_DATASET_NAME = "delta_dataset.json"
+REPORT_NAME = "report.json"

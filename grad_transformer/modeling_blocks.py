@@ -1,0 +1,62 @@
+"""What stands between blocks and a backbone's hidden states: phi, psi, and the token embedding that is not needed.
+
+Shape legend: B batch, n blocks, D width of the widest block (narrower ones are padded with zeros), H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+class BlockEmbedding(nn.Module):
+    """phi: blocks `(B, n, D)` to hidden states `(B, n, H)`, one linear layer for each block type (equations 6, 7)."""
+
+    def __init__(self, block_types: Sequence[int], type_widths: Sequence[int], hidden_size: int):
+        super().__init__()
+        self.block_types = list(block_types)
+        self.type_widths = list(type_widths)
+        self.hidden_size = hidden_size
+        self.projections = nn.ModuleList([nn.Linear(width, hidden_size) for width in type_widths])
+
+    def forward(self, blocks_BnD: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """Embed the blocks at positions `start`, `start + 1`, ... of the sequence."""
+        blocks_BnD = blocks_BnD.to(self.projections[0].weight.dtype)
+        if len(self.projections) == 1:
+            return self.projections[0](blocks_BnD[..., : self.type_widths[0]])
+        types = self.block_types[start : start + blocks_BnD.shape[1]]
+        hidden_BnH = blocks_BnD.new_zeros(*blocks_BnD.shape[:2], self.hidden_size)
+        for number in sorted(set(types)):
+            where = [index for index, block_type in enumerate(types) if block_type == number]
+            hidden_BnH[:, where] = self.projections[number](blocks_BnD[:, where, : self.type_widths[number]])
+        return hidden_BnH
+
+
+class BlockReadout(nn.Module):
+    """psi: hidden states `(B, n, H)` to blocks `(B, n, D)`, one linear layer for each block type (equation 9)."""
+
+    def __init__(self, block_types: Sequence[int], type_widths: Sequence[int], hidden_size: int):
+        super().__init__()
+        self.block_types = list(block_types)
+        self.type_widths = list(type_widths)
+        self.projections = nn.ModuleList([nn.Linear(hidden_size, width) for width in type_widths])
+
+    def forward(self, hidden_BnH: torch.Tensor, start: int = 0) -> torch.Tensor:
+        if len(self.projections) == 1:
+            return self.projections[0](hidden_BnH)
+        types = self.block_types[start : start + hidden_BnH.shape[1]]
+        blocks_BnD = hidden_BnH.new_zeros(*hidden_BnH.shape[:2], max(self.type_widths))
+        for number in sorted(set(types)):
+            where = [index for index, block_type in enumerate(types) if block_type == number]
+            blocks_BnD[:, where, : self.type_widths[number]] = self.projections[number](hidden_BnH[:, where])
+        return blocks_BnD
+
+
+class NoTokenEmbedding(nn.Module):
+    """Stands where a backbone expects its token embedding; holds no parameters, since blocks have no vocabulary."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.register_buffer("weight", torch.empty(0, hidden_size), persistent=False)

@@ -1,0 +1,414 @@
+"""`GradTransformer`: maps the TinyLM's LoRA delta, block by block, to the LLM's (paper, section 4.2).
+
+Shape legend: B batch, S source blocks, L target blocks, D block width (of the widest block; narrower ones are padded
+with zeros), H hidden size of the backbone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .adapters import LoraAdapter, aggregate_deltas
+from .adapters.aggregation import Aggregation
+from .configuration_grad_transformer import GradTransformerConfig
+from .constants import FORMAT_VERSION, SOURCE_FOLDER, TARGET_FOLDER
+from .errors import FormatVersionError, LayoutMismatchError, UsageError
+from .modeling_blocks import BlockEmbedding, BlockReadout, NoTokenEmbedding
+from .tokenization_lora_delta import Adapters, LoraDeltaTokenizer
+
+
+@dataclass
+class GradTransformerOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.Tensor`, *optional*, returned with `labels`): mean squared error over all values (equation 10).
+        blocks (`torch.Tensor` of shape `(B, L, D)`): predicted standardised target blocks.
+        encoder_last_hidden_state (`torch.Tensor` of shape `(B, S, H)`): the encoded source delta.
+    """
+
+    loss: torch.Tensor | None = None
+    blocks: torch.Tensor | None = None
+    encoder_last_hidden_state: torch.Tensor | None = None
+
+
+class GradTransformer(PreTrainedModel):
+    """Encoder-decoder over blocks: source delta in, target delta out.
+
+    Args:
+        config ([`GradTransformerConfig`]): shapes, backbone and decoding.
+
+    The two tokenizers, `source_tokenizer` and `target_tokenizer`, travel with the model: `save_pretrained` writes them
+    to `source/` and `target/`, `from_pretrained` reads them back, `generate_adapter` uses them.
+    """
+
+    config_class = GradTransformerConfig
+    base_model_prefix = "mapper"
+    main_input_name = "source_blocks"
+    # The loss is a mean over blocks, so Trainer itself divides it by the accumulation steps.
+    accepts_loss_kwargs = False
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: GradTransformerConfig):
+        super().__init__(config)
+        if config.format_version > FORMAT_VERSION:
+            raise FormatVersionError(
+                "The mapper was written by a newer version of grad_transformer.",
+                path=config.name_or_path or None,
+                expected=f"format version up to {FORMAT_VERSION}",
+                found=config.format_version,
+                remedy="pip install --upgrade grad-transformer",
+            )
+        self.backbone = AutoModel.from_config(config.backbone_config)
+        _drop_token_embeddings(self.backbone)
+        self._no_split_modules = list(self.backbone._no_split_modules or [])
+        hidden_size = _hidden_size(config.backbone_config)
+        self.source_embedding = BlockEmbedding(config.source_block_types, config.source_type_widths, hidden_size)
+        self.readout = BlockReadout(config.target_block_types, config.target_type_widths, hidden_size)
+        self.start_block = nn.Parameter(torch.zeros(hidden_size))
+        if config.decoding == "autoregressive":
+            self.target_embedding = BlockEmbedding(config.target_block_types, config.target_type_widths, hidden_size)
+        if config.position_embeddings or config.decoding == "parallel":
+            self.target_positions = nn.Embedding(len(config.target_block_types), hidden_size)
+        if config.position_embeddings:
+            self.source_positions = nn.Embedding(len(config.source_block_types), hidden_size)
+        # 1 where a target value exists, 0 at the padding of narrow blocks.
+        widths = torch.tensor([config.target_type_widths[number] for number in config.target_block_types])
+        value_mask_LD = torch.arange(max(config.target_type_widths))[None, :] < widths[:, None]
+        self.register_buffer("value_mask", value_mask_LD, persistent=False)
+        self.source_tokenizer: LoraDeltaTokenizer | None = None
+        self.target_tokenizer: LoraDeltaTokenizer | None = None
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, GradTransformer):
+            init.normal_(module.start_block, mean=0.0, std=std)
+            widths = [self.config.target_type_widths[number] for number in self.config.target_block_types]
+            values = torch.arange(max(widths), device=module.value_mask.device)
+            init.copy_(module.value_mask, values[None, :] < torch.tensor(widths, device=values.device)[:, None])
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.source_embedding
+
+    # Building
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | Path | PreTrainedConfig,
+        source_tokenizer: LoraDeltaTokenizer,
+        target_tokenizer: LoraDeltaTokenizer,
+        *,
+        decoding: str = "autoregressive",
+        position_embeddings: bool = True,
+        initializer_range: float = 0.02,
+        **model_kwargs: Any,
+    ) -> GradTransformer:
+        """Build a mapper between two tokenizers' block sequences.
+
+        Args:
+            backbone (`str`, `Path` or `PreTrainedConfig`): name or path of a pretrained encoder-decoder, whose weights
+                are taken (all but its token embeddings and head), or a config for random weights.
+            source_tokenizer, target_tokenizer ([`LoraDeltaTokenizer`]): fix block counts and widths.
+            decoding, position_embeddings, initializer_range: see [`GradTransformerConfig`].
+            model_kwargs: `dtype`, `revision`, `token`, ... for loading the pretrained backbone.
+
+        Raises:
+            [`UsageError`]: the backbone is not an encoder-decoder.
+        """
+        pretrained = None
+        if isinstance(backbone, PreTrainedConfig):
+            backbone_config = backbone
+        else:
+            hub_kwargs = {key: value for key, value in model_kwargs.items() if key != "dtype"}
+            backbone_config = AutoConfig.from_pretrained(str(backbone), **hub_kwargs)
+        if not backbone_config.is_encoder_decoder:
+            raise UsageError(
+                "The backbone is not an encoder-decoder.",
+                path=None if isinstance(backbone, PreTrainedConfig) else backbone,
+                expected="a T5, Flan-T5, BART, T5Gemma, ... model",
+                found=backbone_config.model_type,
+            )
+        if not isinstance(backbone, PreTrainedConfig):
+            pretrained = AutoModel.from_pretrained(str(backbone), **model_kwargs)
+            _drop_token_embeddings(pretrained)
+        source, target = source_tokenizer, target_tokenizer
+        config = GradTransformerConfig(
+            backbone_config=backbone_config,
+            source_block_types=list(source.layout.block_types),
+            source_type_widths=list(source.layout.type_widths),
+            target_block_types=list(target.layout.block_types),
+            target_type_widths=list(target.layout.type_widths),
+            decoding=decoding,
+            position_embeddings=position_embeddings,
+            initializer_range=initializer_range,
+            source_base_model=source.root.base_model,
+            source_base_revision=source.root.base_revision,
+            target_base_model=target.root.base_model,
+            target_base_revision=target.root.base_revision,
+        )
+        model = cls(config)
+        if pretrained is not None:
+            model.to(pretrained.dtype)
+            model.backbone.load_state_dict(pretrained.state_dict())
+        model.source_tokenizer, model.target_tokenizer = source, target
+        return model
+
+    # Forward
+
+    def forward(
+        self,
+        source_blocks: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> GradTransformerOutput:
+        """Predict all target blocks.
+
+        Args:
+            source_blocks (`torch.Tensor` of shape `(B, S, D_source)`): standardised source blocks.
+            attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 0 at padding blocks.
+            labels (`torch.Tensor` of shape `(B, L, D_target)`, *optional*): standardised target blocks. An
+                autoregressive mapper then predicts each block from the true ones before it (teacher forcing); without
+                labels it runs freely, as in [`~GradTransformer.generate_blocks`].
+
+        Returns:
+            [`GradTransformerOutput`]
+        """
+        if labels is None and self.config.decoding == "autoregressive":
+            return GradTransformerOutput(blocks=self.generate_blocks(source_blocks, attention_mask))
+        source_BSH = self._embed_source(source_blocks)
+        if self.config.decoding == "parallel":
+            target_BLH = self._queries(len(source_blocks))
+        else:
+            target_BLH = self._embed_target(labels)
+        outputs = self.backbone(
+            inputs_embeds=source_BSH,
+            attention_mask=attention_mask,
+            decoder_inputs_embeds=target_BLH,
+            use_cache=False,
+            return_dict=True,
+        )
+        blocks_BLD = self.readout(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            error_BLD = (blocks_BLD.float() - labels.float()) * self.value_mask
+            loss = error_BLD.square().sum() / (self.value_mask.sum() * len(labels))
+        return GradTransformerOutput(
+            loss=loss, blocks=blocks_BLD, encoder_last_hidden_state=outputs.encoder_last_hidden_state
+        )
+
+    def _embed_source(self, source_blocks: torch.Tensor) -> torch.Tensor:
+        hidden_BSH = self.source_embedding(source_blocks)
+        if self.config.position_embeddings:
+            # Padding blocks lie behind the last position and are masked.
+            known = min(hidden_BSH.shape[1], self.source_positions.num_embeddings)
+            hidden_BSH[:, :known] = hidden_BSH[:, :known] + self.source_positions.weight[:known]
+        return hidden_BSH
+
+    def _embed_target(self, blocks_BLD: torch.Tensor) -> torch.Tensor:
+        """Decoder inputs for all positions: the start block, then each true block, shifted right."""
+        hidden_BLH = self.target_embedding(blocks_BLD[:, :-1])
+        start_B1H = self.start_block.expand(len(blocks_BLD), 1, -1).to(hidden_BLH.dtype)
+        return self._add_positions(torch.cat([start_B1H, hidden_BLH], dim=1))
+
+    def _queries(self, batch_size: int) -> torch.Tensor:
+        hidden_LH = self.start_block + self.target_positions.weight
+        return hidden_LH.expand(batch_size, -1, -1)
+
+    def _add_positions(self, hidden_BnH: torch.Tensor, start: int = 0) -> torch.Tensor:
+        if not self.config.position_embeddings:
+            return hidden_BnH
+        return hidden_BnH + self.target_positions.weight[start : start + hidden_BnH.shape[1]]
+
+    # Generation
+
+    @torch.no_grad()
+    def generate_blocks(
+        self, source_blocks: torch.Tensor, attention_mask: torch.Tensor | None = None, *, use_cache: bool = True
+    ) -> torch.Tensor:
+        """Generate all target blocks from a source delta alone (equation 11).
+
+        The encoder runs once. An autoregressive decoder takes one step for each block, with its keys and values
+        cached; `use_cache=False` re-runs it on the whole prefix instead (same result, for checking).
+
+        Args:
+            source_blocks (`torch.Tensor` of shape `(B, S, D_source)`): standardised source blocks.
+            attention_mask (`torch.Tensor` of shape `(B, S)`, *optional*): 0 at padding blocks.
+            use_cache (`bool`, *optional*, defaults to `True`).
+
+        Returns:
+            `torch.Tensor` of shape `(B, L, D_target)`: standardised target blocks.
+        """
+        if self.config.decoding == "parallel":
+            return self(source_blocks, attention_mask).blocks
+        encoder_outputs = self.backbone.get_encoder()(
+            inputs_embeds=self._embed_source(source_blocks), attention_mask=attention_mask, return_dict=True
+        )
+        step_B1H = self._add_positions(self.start_block.expand(len(source_blocks), 1, -1))
+        prefix_BnH, cache, blocks = step_B1H, None, []
+        for index in range(len(self.config.target_block_types)):
+            outputs = self.backbone(
+                encoder_outputs=encoder_outputs,
+                attention_mask=attention_mask,
+                decoder_inputs_embeds=step_B1H if use_cache else prefix_BnH,
+                past_key_values=cache,
+                use_cache=use_cache,
+                return_dict=True,
+            )
+            cache = outputs.past_key_values if use_cache else None
+            block_B1D = self.readout(outputs.last_hidden_state[:, -1:], start=index)
+            blocks.append(block_B1D)
+            if index + 1 < len(self.config.target_block_types):
+                step_B1H = self._add_positions(self.target_embedding(block_B1D, start=index), start=index + 1)
+                if not use_cache:
+                    prefix_BnH = torch.cat([prefix_BnH, step_B1H], dim=1)
+        return torch.cat(blocks, dim=1)
+
+    @torch.no_grad()
+    def generate_deltas(self, source_deltas_NP: torch.Tensor, *, batch_size: int = 64) -> torch.Tensor:
+        """Raw source deltas `(N, numel_source)` to raw target deltas `(N, numel_target)`, float32 on the CPU."""
+        source_tokenizer, target_tokenizer = self.tokenizers()
+        training = self.training
+        self.eval()
+        try:
+            predicted = []
+            for chunk_NP in source_deltas_NP.split(batch_size):
+                blocks_NSD = source_tokenizer.standardize(chunk_NP).to(self.device)
+                predicted.append(target_tokenizer.unstandardize(self.generate_blocks(blocks_NSD).float().cpu()))
+        finally:
+            self.train(training)
+        return torch.cat(predicted)
+
+    def generate_adapter(
+        self,
+        adapters: Adapters,
+        *,
+        aggregation: Aggregation = "mean",
+        weights: Sequence[float] | None = None,
+        **hub_kwargs: Any,
+    ) -> LoraAdapter:
+        """From client adapters of the TinyLM to one adapter for the LLM (paper, section 4.3).
+
+        Args:
+            adapters: one client adapter (folder, repository id or [`LoraAdapter`]) or several.
+            aggregation (`str`, *optional*, defaults to `"mean"`): how several deltas become one before mapping, see
+                [`aggregate_deltas`].
+            weights (`Sequence[float]`, *optional*): for `aggregation="weighted"`.
+            hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` for adapters on the Hub.
+
+        Returns:
+            [`LoraAdapter`]: its `save_pretrained` folder loads with plain `PeftModel.from_pretrained`.
+
+        Raises:
+            [`AdapterFormatError`], [`LayoutMismatchError`], [`BaseModelMismatchError`], [`RootMismatchError`]: a
+                client adapter is refused, with the reason.
+            [`UsageError`]: the mapper has no tokenizers, or aggregation and weights do not fit.
+        """
+        source_tokenizer, target_tokenizer = self.tokenizers()
+        clients = [adapters] if isinstance(adapters, (str, Path, LoraAdapter)) else list(adapters)
+        if not clients:
+            raise UsageError("There is nothing to map.", expected="at least one client adapter", found="none")
+        deltas_NP = torch.stack([source_tokenizer.delta(client, **hub_kwargs) for client in clients])
+        delta_P = aggregate_deltas(deltas_NP, aggregation=aggregation, weights=weights)
+        adapter = target_tokenizer.decode_delta(self.generate_deltas(delta_P[None])[0])
+        adapter.metadata["generated"] = {
+            "source_base_model": self.config.source_base_model,
+            "num_clients": len(clients),
+            "aggregation": aggregation,
+        }
+        return adapter
+
+    def tokenizers(self) -> tuple[LoraDeltaTokenizer, LoraDeltaTokenizer]:
+        """Source and target tokenizer; raises [`UsageError`] if the mapper was built without them."""
+        if self.source_tokenizer is None or self.target_tokenizer is None:
+            raise UsageError(
+                "The mapper has no tokenizers.",
+                expected="source_tokenizer and target_tokenizer",
+                found="none",
+                remedy="load it with GradTransformer.from_pretrained, or build it with GradTransformer.from_backbone",
+            )
+        return self.source_tokenizer, self.target_tokenizer
+
+    # Files
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write config, weights and both tokenizers; arguments as in `PreTrainedModel.save_pretrained`."""
+        if kwargs.get("is_main_process", True):
+            for tokenizer, name in ((self.source_tokenizer, SOURCE_FOLDER), (self.target_tokenizer, TARGET_FOLDER)):
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(Path(save_directory) / name)
+        super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """Load a mapper with its tokenizers; arguments as in `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            [`LayoutMismatchError`]: tokenizers and config do not belong together.
+            [`FormatVersionError`]: written by a newer version.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.source_base_model is not None:
+            names = ("revision", "token", "cache_dir", "local_files_only")
+            hub_kwargs = {name: kwargs[name] for name in names if name in kwargs}
+            prefix = kwargs.get("subfolder") or ""
+            for side, name in (("source", SOURCE_FOLDER), ("target", TARGET_FOLDER)):
+                tokenizer = LoraDeltaTokenizer.from_pretrained(
+                    pretrained_model_name_or_path, subfolder=f"{prefix}/{name}".strip("/"), **hub_kwargs
+                )
+                types = list(getattr(model.config, f"{side}_block_types"))
+                widths = list(getattr(model.config, f"{side}_type_widths"))
+                found = (list(tokenizer.layout.block_types), list(tokenizer.layout.type_widths))
+                if found != (types, widths):
+                    raise LayoutMismatchError(
+                        f"The {side} tokenizer does not fit the mapper.",
+                        path=pretrained_model_name_or_path,
+                        expected=f"block types {types}, widths {widths}",
+                        found=f"block types {found[0]}, widths {found[1]}",
+                        remedy="save or download the mapper's repository again, as one revision",
+                    )
+                setattr(model, f"{side}_tokenizer", tokenizer)
+        return loaded
+
+
+def _hidden_size(config: PreTrainedConfig) -> int:
+    """Hidden size of the decoder, also where encoder and decoder have configs of their own (T5Gemma)."""
+    return int(config.get_text_config(decoder=True).hidden_size)
+
+
+def _drop_token_embeddings(backbone: PreTrainedModel) -> None:
+    """Replace every token embedding by an empty module: blocks come in through `inputs_embeds` on both sides."""
+    hidden_size = _hidden_size(backbone.config)
+    embeddings = {id(backbone.get_input_embeddings())}
+    for stack in (backbone.get_encoder(), backbone.get_decoder()):
+        embeddings.add(id(stack.get_input_embeddings()))
+    for parent in list(backbone.modules()):
+        for name, child in list(parent.named_children()):
+            if id(child) in embeddings and isinstance(child, nn.Embedding):
+                setattr(parent, name, NoTokenEmbedding(hidden_size))
+    # Nothing is left to tie.
+    for module in backbone.modules():
+        if isinstance(module, PreTrainedModel):
+            module._tied_weights_keys = None
+            module.all_tied_weights_keys = {}

@@ -1,0 +1,65 @@
+"""Tiny models, roots and adapters that tests make for themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from grad_transformer import LoraAdapter, LoraLayout, Root, create_root
+from grad_transformer.adapters.roots import fingerprint_adapter
+
+
+def tiny_qwen2(path: Path, *, layers: int = 2, hidden: int = 16, vocab: int = 32, seed: int = 0) -> Path:
+    """A Qwen2 checkpoint of a few thousand parameters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = Qwen2Config(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+        Qwen2ForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def lora(**overrides: Any) -> LoraConfig:
+    settings = {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    return LoraConfig(**{**settings, **overrides})
+
+
+def tiny_root(path: Path, *, layers: int = 2, hidden: int = 16, seed: int = 0, **lora_overrides: Any) -> Root:
+    """Base model in `path/base`, root in `path/root`."""
+    base = tiny_qwen2(path / "base", layers=layers, hidden=hidden)
+    return create_root(base, lora(**lora_overrides), output_dir=path / "root", seed=seed)
+
+
+def synthetic_root(layout: LoraLayout, *, base_model: str = "tiny", dtype: torch.dtype = torch.float32) -> Root:
+    """A root of any layout, without a base model."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        spec.key: torch.randn(spec.shape, generator=generator).to(dtype)
+        if spec.side == "A"
+        else torch.zeros(spec.shape, dtype=dtype)
+        for spec in layout.tensor_specs()
+    }
+    config = {"peft_type": "LORA", "base_model_name_or_path": base_model, **layout.lora}
+    adapter = LoraAdapter(config, tensors, layout)
+    return Root(adapter, fingerprint_adapter(adapter), base_model, None, "unknown", 0)
+
+
+def moved(root: Root, *, scale: float = 0.05, seed: int = 0) -> LoraAdapter:
+    """An adapter a little away from its root, as fine-tuning leaves it."""
+    generator = torch.Generator().manual_seed(seed)
+    values_P = root.adapter.flat() + scale * torch.randn(root.layout.numel, generator=generator)
+    return root.adapter.with_values(values_P)
