@@ -1,5 +1,8 @@
 """File names and the format version of everything that is written."""
 
+from typing import Final
+
+
 FORMAT_VERSION = 1
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -12,8 +15,8 @@ ROOT_FOLDER = "root"
 
 TOKENIZER_NAME = "lora_delta_tokenizer.json"
 TOKENIZER_STATISTICS_NAME = "statistics.safetensors"
-SOURCE_FOLDER = "source"
-TARGET_FOLDER = "target"
+SOURCE_FOLDER: Final = "source"
+TARGET_FOLDER: Final = "target"
 
 PLAN_NAME = "plan.json"
 RUNS_FOLDER = "runs"

@@ -23,7 +23,7 @@ class BlockEmbedding(nn.Module):
 
     def forward(self, blocks_BnD: torch.Tensor, start: int = 0) -> torch.Tensor:
         """Embed the blocks at positions `start`, `start + 1`, ... of the sequence."""
-        blocks_BnD = blocks_BnD.to(self.projections[0].weight.dtype)
+        blocks_BnD = blocks_BnD.to(next(self.parameters()).dtype)
         if len(self.projections) == 1:
             return self.projections[0](blocks_BnD[..., : self.type_widths[0]])
         types = self.block_types[start : start + blocks_BnD.shape[1]]

@@ -197,7 +197,7 @@ class GradTransformer(PreTrainedModel):
         if labels is None and self.config.decoding == "autoregressive":
             return GradTransformerOutput(blocks=self.generate_blocks(source_blocks, attention_mask))
         source_BSH = self._embed_source(source_blocks)
-        if self.config.decoding == "parallel":
+        if self.config.decoding == "parallel" or labels is None:
             target_BLH = self._queries(len(source_blocks))
         else:
             target_BLH = self._embed_target(labels)
@@ -351,7 +351,7 @@ class GradTransformer(PreTrainedModel):
 
     # Files
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write config, weights and both tokenizers; arguments as in `PreTrainedModel.save_pretrained`."""
         if kwargs.get("is_main_process", True):
             for tokenizer, name in ((self.source_tokenizer, SOURCE_FOLDER), (self.target_tokenizer, TARGET_FOLDER)):

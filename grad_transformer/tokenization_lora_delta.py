@@ -135,7 +135,7 @@ class LoraDeltaTokenizer(PushToHubMixin):
         """Raw deltas `(..., numel)` to blocks `(..., L, D)`, zero-padded where blocks are narrower than the widest."""
         if not self._is_identity():
             deltas_NP = deltas_NP.to(torch.promote_types(deltas_NP.dtype, torch.float32))
-            if self.center:
+            if self.center and self.mean_P is not None:
                 deltas_NP = deltas_NP - self.mean_P
             deltas_NP = deltas_NP / self._scale_P().to(deltas_NP.dtype)
         return self.layout.to_blocks(deltas_NP.to(dtype))
@@ -145,7 +145,7 @@ class LoraDeltaTokenizer(PushToHubMixin):
         deltas_NP = self.layout.from_blocks(blocks_NLD)
         if not self._is_identity():
             deltas_NP = deltas_NP.double() * self._scale_P()
-            if self.center:
+            if self.center and self.mean_P is not None:
                 deltas_NP = deltas_NP + self.mean_P
         return deltas_NP.to(dtype)
 

@@ -71,8 +71,8 @@ def write_text_atomic(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json_atomic(path: str | Path, data: Mapping[str, Any]) -> None:
-    write_text_atomic(path, json.dumps(data, indent=2, sort_keys=False, allow_nan=False) + "\n")
+def write_json_atomic(path: str | Path, data: Mapping[str, Any], *, indent: int | None = 2) -> None:
+    write_text_atomic(path, json.dumps(data, indent=indent, allow_nan=False) + "\n")
 
 
 def save_tensors_atomic(

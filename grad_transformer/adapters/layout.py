@@ -151,7 +151,9 @@ class LoraLayout:
             lora={name: config.get(name) for name in _LORA_FIELDS},
         )
 
-    def check_config(self, config: Mapping[str, Any], header: Mapping[str, Sequence[int]], *, path: str | None = None):
+    def check_config(
+        self, config: Mapping[str, Any], header: Mapping[str, Sequence[int]], *, path: str | None = None
+    ) -> None:
         """Refuse an adapter of another layout, evaluating nothing that its config says (safe for strangers' files).
 
         Raises:

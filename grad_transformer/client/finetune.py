@@ -1,0 +1,110 @@
+"""A client's fine-tune: only the adapter that it writes is meant to leave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import torch
+from transformers.utils import logging
+
+from ..adapters import LoraAdapter
+from ..constants import FORMAT_VERSION, SOURCE_FOLDER
+from ..errors import IncompleteArtifactError
+from ..finetuning import FineTuningRecipe, SftResult, attach_root, check_rows, load_base, run_sft
+from ..tokenization_lora_delta import LoraDeltaTokenizer
+
+
+logger = logging.get_logger(__name__)
+
+
+def finetune_client(
+    mapper: str | Path | LoraDeltaTokenizer,
+    rows: datasets.Dataset | Sequence[Mapping[str, Any]],
+    output_dir: str | Path,
+    *,
+    role: Literal["source", "target"] = SOURCE_FOLDER,
+    base_model: str | None = None,
+    recipe: FineTuningRecipe | None = None,
+    seed: int = 0,
+    state_num_examples: bool = False,
+    dtype: str | torch.dtype = "auto",
+    device: str | None = None,
+    hub_kwargs: Mapping[str, Any] | None = None,
+    **sft_config: Any,
+) -> tuple[LoraAdapter, SftResult]:
+    """Fine-tune the TinyLM on the client's rows, from the mapper's root, by the mapper's recipe, with TRL.
+
+    This is ordinary fine-tuning: an adapter can reveal rows it was trained on. "Only the adapter leaves" is no privacy
+    guarantee; differential privacy is.
+
+    Args:
+        mapper (`str`, `Path` or [`LoraDeltaTokenizer`]): the mapper's folder or repository, or its tokenizer.
+        rows (`datasets.Dataset` or rows): with columns `prompt` and `completion`.
+        output_dir (`str` or `Path`): receives a PEFT adapter with `grad_transformer.json` beside it. Nothing of the
+            rows is in it; their number only with `state_num_examples`.
+        role (`str`, *optional*, defaults to `"source"`): `"target"` fine-tunes the LLM instead: the ceiling that a
+            generated adapter is compared with, where somebody may see the rows.
+        base_model (`str`, *optional*): another place of the same base model; its weights are checked.
+        recipe ([`FineTuningRecipe`], *optional*): default: the one that the mapper's shadow runs used. Another one
+            moves the delta away from what the mapper has learned to read.
+        seed (`int`, *optional*, defaults to 0): of the data order.
+        state_num_examples (`bool`, *optional*, defaults to `False`): whether the adapter says how many rows it saw.
+        dtype, device: see [`load_base`].
+        hub_kwargs (`Mapping`, *optional*): `revision`, `token`, `cache_dir`, `local_files_only` for the mapper.
+        sft_config: other fields of TRL's `SFTConfig`, for instance `gradient_checkpointing=True`.
+
+    Returns:
+        the adapter, and the run's losses and snapshots.
+
+    Raises:
+        [`IncompleteArtifactError`]: the mapper says no recipe and none is given.
+        [`BaseModelMismatchError`]: `base_model` is not the model that the root was made for.
+        [`DataError`], [`RecipeError`]: the rows cannot be used, or the fine-tune diverged or changed nothing.
+    """
+    if isinstance(mapper, LoraDeltaTokenizer):
+        tokenizer = mapper
+    else:
+        tokenizer = LoraDeltaTokenizer.from_pretrained(mapper, subfolder=role, **dict(hub_kwargs or {}))
+    root = tokenizer.root
+    if recipe is None:
+        if tokenizer.recipe is None:
+            raise IncompleteArtifactError(
+                "The mapper does not say by which recipe its shadow runs were fine-tuned.",
+                path=None if isinstance(mapper, LoraDeltaTokenizer) else mapper,
+                expected=f"a recipe in its {role} tokenizer",
+                remedy="pass `recipe`, the one of the shadow runs",
+            )
+        recipe = FineTuningRecipe.from_dict(tokenizer.recipe)
+    elif (
+        tokenizer.recipe is not None and recipe.fingerprint != FineTuningRecipe.from_dict(tokenizer.recipe).fingerprint
+    ):
+        logger.warning("The recipe is not the one of the mapper's shadow runs: it may read this adapter less well.")
+    checked = check_rows(rows)
+    model, text_tokenizer = load_base(
+        base_model or root.base_model, revision=None if base_model else root.base_revision, dtype=dtype, device=device
+    )
+    result = run_sft(
+        attach_root(model, root),
+        text_tokenizer,
+        checked,
+        recipe,
+        root=root,
+        seed=seed,
+        name="the client",
+        **sft_config,
+    )
+    values_P = root.layout.flatten({key: tensor.cpu() for key, tensor in result.tensors.items()})
+    metadata: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "root": root.facts(),
+        "recipe": recipe.to_dict(),
+        "differential_privacy": None,
+    }
+    if state_num_examples:
+        metadata["num_examples"] = len(checked)
+    adapter = root.adapter.with_values(values_P, metadata=metadata)
+    adapter.save_pretrained(output_dir)
+    return adapter, result

@@ -1,0 +1,222 @@
+"""A report in words and tables, for `report.md` and for the terminal. Every sentence follows from its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import median
+
+from .records import KINDS, ClientReport, HeldoutScores, Report
+
+
+_LABELS = {
+    "tinylm": "TinyLM ft",
+    "generated": "generated",
+    "llm_finetuned": "LLM ft",
+    "nearest_shadow": "nearest",
+    "ridge": "ridge",
+    "mean_shadow": "mean",
+    "other_client": "other client",
+    "random": "random",
+    "llm_base": "LLM base",
+}
+# Two scores that differ by less are called equal.
+_SAME = 0.02
+
+
+def headline(heldout: HeldoutScores) -> list[str]:
+    """The verdict on the mapper and the numbers it follows from, one sentence each."""
+    numbers = f"Held-out R² around the mean shadow: {heldout.r2:.3f}"
+    if heldout.r2_ceiling is None:
+        numbers += " (no ceiling: tasks unknown)"
+    elif heldout.r2_ceiling > 0:
+        share = 100 * heldout.r2 / heldout.r2_ceiling
+        numbers += f", {share:.0f} % of its ceiling {heldout.r2_ceiling:.3f} (the true task mean)"
+    else:
+        numbers += f"; its ceiling, the true task mean, is {heldout.r2_ceiling:.3f}: there was nothing to learn"
+    if heldout.r2_permuted_inputs is not None:
+        numbers += f"; with permuted inputs {heldout.r2_permuted_inputs:.3f}"
+    numbers += f"; teacher-forced {heldout.r2_teacher_forced:.3f}."
+    if heldout.reads_its_input:
+        verdict = "The mapper reads its input."
+    elif heldout.r2 <= 0:
+        verdict = "The mapper ignores its input: it is no better than the mean shadow."
+    elif heldout.r2_permuted_inputs is None:
+        verdict = "Whether the mapper reads its input was not tested: that takes two held-out runs."
+    else:
+        verdict = "The mapper ignores its input: with the inputs of other runs it is nearly as good."
+    lines = [verdict, numbers]
+    if heldout.controls:
+        others = ", ".join(f"{_LABELS.get(name, name)} {value:.3f}" for name, value in heldout.controls.items())
+        lines.append(f"R² of controls on the same runs: {others}.")
+    return lines
+
+
+def summary_table(report: Report) -> str:
+    """Plain text for the terminal: the headline, and medians by kind of client."""
+    header = ["clients", "n", *_LABELS.values(), "PGR %"]
+    rows = [_kind_row(kind, clients) for kind, clients in _by_kind(report.clients)]
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = headline(report.heldout)
+    if rows:
+        lines += ["", "Median scores by kind of client:"]
+        for row in [header, *rows]:
+            cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+            lines.append("  ".join(cells).rstrip())
+    lines += ["", f"Delta reproducibility: {_reproducibility(report)}", f"Wall time: {_wall_time(report)}"]
+    return "\n".join(lines)
+
+
+def markdown(report: Report, *, figures: Sequence[str] = ()) -> str:
+    """`report.md`.
+
+    Args:
+        report ([`Report`]).
+        figures (`Sequence[str]`, *optional*): names of pictures in the same folder.
+    """
+    verdict, *numbers = headline(report.heldout)
+    sections = [
+        f"# Report: preset `{report.preset}`, seed {report.seed}",
+        "\n".join([f"**{verdict}** {numbers[0]}", *numbers[1:]]),
+        f"Delta reproducibility: {_reproducibility(report)}",
+    ]
+    grouped = _by_kind(report.clients)
+    if grouped:
+        sections += ["## Clients", _client_table(grouped), _CLIENT_NOTES]
+        nll = _nll_table(grouped)
+        if nll:
+            sections += ["## Negative log-likelihood of the completions, nats per token", nll]
+    sections += [f"![{_picture_title(name)}]({name})" for name in figures]
+    sections += ["## Wall time", _wall_time(report), "## Limits", " ".join(limits(report))]
+    return "\n\n".join(sections) + "\n"
+
+
+_CLIENT_NOTES = (
+    "Scores from 0 to 1 on each client's test rows; *ft*: fine-tuned on the client's own rows; *nearest*, *ridge*, "
+    "*mean*, *other client*, *random*: the LLM with the delta of that control; *LLM base*: without any. PGR in "
+    "percent, its interval a bootstrap over test rows; no PGR where the fine-tuned LLM is less than 3 points above "
+    "the fine-tuned TinyLM (*gap too small*)."
+)
+
+
+def limits(report: Report) -> list[str]:
+    """What the numbers do not show, one sentence each."""
+    sentences = []
+    for kind, clients in _by_kind(report.clients):
+        generated = median(client.generated for client in clients)
+        tinylm = median(client.tinylm for client in clients)
+        names = (("nearest_shadow", "retrieval (the nearest shadow)"), ("ridge", "ridge regression"))
+        rivals = [(value, label) for name, label in names if (value := _median(clients, name)) is not None]
+        if rivals:
+            value, label = max(rivals)
+            against = f"on {kind} clients {label} reaches {value:.2f} and the mapper {generated:.2f}"
+            if value >= generated + _SAME:
+                sentences.append(f"{_upper(against)}: there the mapper is not worth its training.")
+            elif value >= generated - _SAME:
+                sentences.append(f"{_upper(against)}: these clients do not show that a mapper is needed.")
+            else:
+                sentences.append(f"{_upper(against)}: more than a look-up or a linear map gives.")
+        if generated < tinylm:
+            sentences.append(
+                f"On {kind} clients the generated adapter ({generated:.2f}) stays below the TinyLM that the client "
+                f"already has ({tinylm:.2f}): that is the frontier."
+            )
+    small = sum(client.gap_too_small for client in report.clients)
+    if small:
+        sentences.append(f"{small} of {len(report.clients)} clients have a gap too small for a PGR.")
+    if report.heldout.r2_ceiling is None:
+        sentences.append(
+            "Without known tasks R² has no ceiling to be held against: part of 1 - R² is fine-tuning noise."
+        )
+    sentences.append(
+        f"All of this is one seed ({report.seed}) and {len(report.clients)} client(s); intervals cover the choice of "
+        "test rows, not another seed, other shadow runs or other base models."
+    )
+    return sentences
+
+
+def _client_table(grouped: Iterable[tuple[str, list[ClientReport]]]) -> str:
+    header = ["client", "kind", "test rows", *_LABELS.values(), "PGR % (95 %)"]
+    lines = [_row(header), _row(["---", "---", *["---:"] * (len(header) - 2)])]
+    for kind, clients in grouped:
+        for client in clients:
+            scores = [_number(_score(client, name)) for name in _LABELS]
+            lines.append(_row([client.id, kind, str(client.n_test), *scores, _pgr(client)]))
+        medians = _kind_row(kind, clients)
+        lines.append(_row([f"**median of {medians[1]}**", f"**{kind}**", "", *(f"**{c}**" for c in medians[2:])]))
+    return "\n".join(lines)
+
+
+def _nll_table(grouped: Iterable[tuple[str, list[ClientReport]]]) -> str | None:
+    clients = [client for _, group in grouped for client in group if client.nll]
+    if not clients:
+        return None
+    found = {name for client in clients for name in client.nll}
+    names = [name for name in _LABELS if name in found] + sorted(found - set(_LABELS))
+    lines = [_row(["client", "kind", *(_LABELS.get(name, name) for name in names)])]
+    lines.append(_row(["---", "---", *["---:"] * len(names)]))
+    for client in clients:
+        lines.append(_row([client.id, client.kind, *(_number(client.nll.get(name)) for name in names)]))
+    return "\n".join(lines)
+
+
+def _kind_row(kind: str, clients: Sequence[ClientReport]) -> list[str]:
+    pgr = [client.pgr for client in clients if client.pgr is not None]
+    gaps = any(client.gap_too_small for client in clients)
+    cell = f"{median(pgr):.0f}" if pgr else "gap too small" if gaps else "-"
+    if pgr and len(pgr) < len(clients):
+        cell += f" (of {len(pgr)})"
+    return [kind, str(len(clients)), *(_number(_median(clients, name)) for name in _LABELS), cell]
+
+
+def _by_kind(clients: Sequence[ClientReport]) -> list[tuple[str, list[ClientReport]]]:
+    groups = [(kind, [client for client in clients if client.kind == kind]) for kind in KINDS]
+    return [(kind, group) for kind, group in groups if group]
+
+
+def _score(client: ClientReport, name: str) -> float | None:
+    return client.controls[name] if name in client.controls else getattr(client, name)
+
+
+def _median(clients: Sequence[ClientReport], name: str) -> float | None:
+    values = [value for client in clients if (value := _score(client, name)) is not None]
+    return median(values) if values else None
+
+
+def _pgr(client: ClientReport) -> str:
+    if client.pgr is None:
+        return "gap too small" if client.gap_too_small else "-"
+    if client.pgr_interval is None:
+        return f"{client.pgr:.0f} (unbounded)"
+    return f"{client.pgr:.0f} ({client.pgr_interval[0]:.0f} to {client.pgr_interval[1]:.0f})"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _reproducibility(report: Report) -> str:
+    parts = []
+    for name, label in (("tinylm", "TinyLM"), ("llm", "LLM")):
+        value, cosine = report.delta_reproducibility[name], report.delta_cosine.get(name)
+        text = "unknown" if value is None else f"leave-one-out R² {value:.2f}"
+        parts.append(f"{label} {text}" + (f", centred cosine {cosine:.2f}" if cosine is not None else ""))
+    return "; ".join(parts) + " (same-task deltas)."
+
+
+def _wall_time(report: Report) -> str:
+    if not report.wall_seconds:
+        return "not measured."
+    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.wall_seconds.items())
+    return f"{sum(report.wall_seconds.values()):.1f} s in all: {stages}."
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _upper(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
+
+
+def _picture_title(name: str) -> str:
+    return name.removesuffix(".png").replace("_", " ")

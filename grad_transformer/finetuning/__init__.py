@@ -1,0 +1,21 @@
+"""From rows of text to a fine-tuned adapter: the recipe, the data, the base model, one run with TRL."""
+
+from .data import check_rows, load_rows, row_order, tokenize_rows
+from .models import attach_root, load_base, read_adapter_tensors, write_adapter_tensors
+from .recipe import FineTuningRecipe
+from .sft import SftResult, run_sft
+
+
+__all__ = [
+    "FineTuningRecipe",
+    "SftResult",
+    "attach_root",
+    "check_rows",
+    "load_base",
+    "load_rows",
+    "read_adapter_tensors",
+    "row_order",
+    "run_sft",
+    "tokenize_rows",
+    "write_adapter_tensors",
+]

@@ -1,0 +1,1 @@
+"""The commands, one file each. How one is written: see `_common`."""

@@ -1,0 +1,18 @@
+"""Training the mapper on pairs of deltas: transformers' `Trainer`, and held-out figures that expose a mapper that does
+not read its input."""
+
+from .arguments import GradTransformerTrainingArguments, MapperArguments
+from .heldout import HeldoutMetrics, evaluate_heldout
+from .trainer import DeltaPairCollator, GradTransformerTrainer, build_mapper, train_mapper
+
+
+__all__ = [
+    "DeltaPairCollator",
+    "GradTransformerTrainer",
+    "GradTransformerTrainingArguments",
+    "HeldoutMetrics",
+    "MapperArguments",
+    "build_mapper",
+    "evaluate_heldout",
+    "train_mapper",
+]
