@@ -8,8 +8,9 @@ import logging as _logging
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging as _transformers_logging
 
-from .adapters import LoraAdapter, LoraLayout, Root, aggregate_deltas, create_root
+from .adapters import LoraAdapter, LoraLayout, Root, aggregate_deltas, create_root, pull_root
 from .configuration_grad_transformer import GradTransformerConfig
+from .hub import pull_folder, push_delta_dataset, push_folder
 from .modeling_grad_transformer import GradTransformer, GradTransformerOutput
 from .tokenization_lora_delta import LoraDeltaTokenizer
 from .version import __version__
@@ -32,4 +33,8 @@ __all__ = [
     "__version__",
     "aggregate_deltas",
     "create_root",
+    "pull_folder",
+    "pull_root",
+    "push_delta_dataset",
+    "push_folder",
 ]

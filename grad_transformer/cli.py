@@ -39,6 +39,10 @@ COMMANDS: dict[str, dict[str, str]] = {
         "inspect": "say what a folder or Hub repository holds",
         "demo": "run all of it on a small self-made world, in a few minutes on a laptop",
     },
+    "To and from the Hub": {
+        "push": "publish a folder as a version with a card; client adapters stay private",
+        "pull": "copy a version into a folder, checked by hash",
+    },
 }
 
 COMMAND_NAMES: tuple[str, ...] = tuple(name for group in COMMANDS.values() for name in group)

@@ -22,3 +22,10 @@ PLAN_NAME = "plan.json"
 RUNS_FOLDER = "runs"
 DELTA_DATASET_NAME = "delta_dataset.json"
 REPORT_NAME = "report.json"
+HELDOUT_NAME = "heldout.json"
+TRAINING_LOG_NAME = "training_log.json"
+
+CARD_NAME = "README.md"
+REPORT_FOLDER = "report"
+# Beside a copy of a repository: which one, which version, which commit.
+ORIGIN_NAME = "hub_origin.json"

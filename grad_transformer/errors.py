@@ -91,3 +91,7 @@ class DataError(GradTransformerError):
 
 class UsageError(GradTransformerError):
     """A command or function was called with arguments that do not fit together."""
+
+
+class HubError(UsageError):
+    """A repository on the Hub cannot be found, reached, read or written as asked."""

@@ -20,9 +20,10 @@ from transformers.utils import ModelOutput
 from .adapters import LoraAdapter, aggregate_deltas
 from .adapters.aggregation import Aggregation
 from .configuration_grad_transformer import GradTransformerConfig
-from .constants import FORMAT_VERSION, SOURCE_FOLDER, TARGET_FOLDER
-from .errors import FormatVersionError, LayoutMismatchError, UsageError
+from .constants import FORMAT_VERSION
+from .errors import FormatVersionError, UsageError
 from .modeling_blocks import BlockEmbedding, BlockReadout, NoTokenEmbedding
+from .modeling_files import MapperFiles
 from .tokenization_lora_delta import Adapters, LoraDeltaTokenizer
 
 
@@ -40,7 +41,7 @@ class GradTransformerOutput(ModelOutput):
     encoder_last_hidden_state: torch.Tensor | None = None
 
 
-class GradTransformer(PreTrainedModel):
+class GradTransformer(MapperFiles, PreTrainedModel):
     """Encoder-decoder over blocks: source delta in, target delta out.
 
     Args:
@@ -310,14 +311,16 @@ class GradTransformer(PreTrainedModel):
         """From client adapters of the TinyLM to one adapter for the LLM (paper, section 4.3).
 
         Args:
-            adapters: one client adapter (folder, repository id or [`LoraAdapter`]) or several.
+            adapters: one client adapter (folder, repository id, `org/name@v1.0`, or [`LoraAdapter`]) or several.
             aggregation (`str`, *optional*, defaults to `"mean"`): how several deltas become one before mapping, see
                 [`aggregate_deltas`].
             weights (`Sequence[float]`, *optional*): for `aggregation="weighted"`.
             hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` for adapters on the Hub.
 
         Returns:
-            [`LoraAdapter`]: its `save_pretrained` folder loads with plain `PeftModel.from_pretrained`.
+            [`LoraAdapter`]: its `save_pretrained` folder loads with plain `PeftModel.from_pretrained`. Its metadata
+            names the mapper's and the clients' versions and commits; a client whose repository is private, or that is
+            no repository, is there by a hash of its values alone.
 
         Raises:
             [`AdapterFormatError`], [`LayoutMismatchError`], [`BaseModelMismatchError`], [`RootMismatchError`]: a
@@ -328,13 +331,25 @@ class GradTransformer(PreTrainedModel):
         clients = [adapters] if isinstance(adapters, (str, Path, LoraAdapter)) else list(adapters)
         if not clients:
             raise UsageError("There is nothing to map.", expected="at least one client adapter", found="none")
-        deltas_NP = torch.stack([source_tokenizer.delta(client, **hub_kwargs) for client in clients])
+        loaded = [
+            client
+            if isinstance(client, LoraAdapter)
+            else LoraAdapter.from_pretrained(client, layout=source_tokenizer.layout, **hub_kwargs)
+            for client in clients
+        ]
+        names = [None if isinstance(client, LoraAdapter) else str(client) for client in clients]
+        deltas_NP = torch.stack(
+            [source_tokenizer.delta(client, path=name) for client, name in zip(loaded, names, strict=True)]
+        )
         delta_P = aggregate_deltas(deltas_NP, aggregation=aggregation, weights=weights)
         adapter = target_tokenizer.decode_delta(self.generate_deltas(delta_P[None])[0])
         adapter.metadata["generated"] = {
             "source_base_model": self.config.source_base_model,
+            "mapper": None if self.origin is None else self.origin.to_dict(),
             "num_clients": len(clients),
+            "clients": [_public_identity(client) for client in loaded],
             "aggregation": aggregation,
+            "shift": source_tokenizer.shift(delta_P),
         }
         return adapter
 
@@ -349,47 +364,12 @@ class GradTransformer(PreTrainedModel):
             )
         return self.source_tokenizer, self.target_tokenizer
 
-    # Files
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write config, weights and both tokenizers; arguments as in `PreTrainedModel.save_pretrained`."""
-        if kwargs.get("is_main_process", True):
-            for tokenizer, name in ((self.source_tokenizer, SOURCE_FOLDER), (self.target_tokenizer, TARGET_FOLDER)):
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(Path(save_directory) / name)
-        super().save_pretrained(save_directory, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
-        """Load a mapper with its tokenizers; arguments as in `PreTrainedModel.from_pretrained`.
-
-        Raises:
-            [`LayoutMismatchError`]: tokenizers and config do not belong together.
-            [`FormatVersionError`]: written by a newer version.
-        """
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if model.config.source_base_model is not None:
-            names = ("revision", "token", "cache_dir", "local_files_only")
-            hub_kwargs = {name: kwargs[name] for name in names if name in kwargs}
-            prefix = kwargs.get("subfolder") or ""
-            for side, name in (("source", SOURCE_FOLDER), ("target", TARGET_FOLDER)):
-                tokenizer = LoraDeltaTokenizer.from_pretrained(
-                    pretrained_model_name_or_path, subfolder=f"{prefix}/{name}".strip("/"), **hub_kwargs
-                )
-                types = list(getattr(model.config, f"{side}_block_types"))
-                widths = list(getattr(model.config, f"{side}_type_widths"))
-                found = (list(tokenizer.layout.block_types), list(tokenizer.layout.type_widths))
-                if found != (types, widths):
-                    raise LayoutMismatchError(
-                        f"The {side} tokenizer does not fit the mapper.",
-                        path=pretrained_model_name_or_path,
-                        expected=f"block types {types}, widths {widths}",
-                        found=f"block types {found[0]}, widths {found[1]}",
-                        remedy="save or download the mapper's repository again, as one revision",
-                    )
-                setattr(model, f"{side}_tokenizer", tokenizer)
-        return loaded
+def _public_identity(client: LoraAdapter) -> dict[str, Any]:
+    """A client's repository, where everybody may see it; otherwise only what tells one adapter from another."""
+    if client.origin is not None and client.origin.private is False:
+        return client.origin.to_dict()
+    return {"sha256": client.sha256()}
 
 
 def _hidden_size(config: PreTrainedConfig) -> int:

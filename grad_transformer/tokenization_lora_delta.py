@@ -9,6 +9,7 @@ Shape legend: `_NP` N deltas of P values, `_NLD` N sequences of L blocks of D va
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,27 +18,23 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from transformers import BatchFeature
-from transformers.utils import PushToHubMixin
 
 from .adapters import LoraAdapter, LoraLayout, Root
-from .adapters.io import read_json, resolve_folder, save_tensors_atomic, write_json_atomic
-from .adapters.roots import ROOT_FILES
+from .adapters.io import save_tensors_atomic
 from .constants import FORMAT_VERSION, ROOT_FOLDER, TOKENIZER_NAME, TOKENIZER_STATISTICS_NAME
 from .errors import IncompleteArtifactError, LayoutMismatchError, UsageError
+from .files import read_json, write_json_atomic
+from .hub import Origin, Published, fetch, publish
+from .hub.kinds import TOKENIZER_FILES
+from .hub.public import public_files
 
 
 Adapters = str | Path | LoraAdapter | Sequence[str | Path | LoraAdapter]
 Role = Literal["source", "target"]
 Scale = Literal["none", "global", "block"]
 
-TOKENIZER_FILES = (
-    TOKENIZER_NAME,
-    TOKENIZER_STATISTICS_NAME,
-    *(f"{ROOT_FOLDER}/{name}" for name in ROOT_FILES),
-)
 
-
-class LoraDeltaTokenizer(PushToHubMixin):
+class LoraDeltaTokenizer:
     """Turns LoRA adapters of one base model into sequences of standardised blocks, and back.
 
     Args:
@@ -75,6 +72,8 @@ class LoraDeltaTokenizer(PushToHubMixin):
         # Mean training delta (P,) and scale of each block (L,): the identity until fitted.
         self.mean_P: torch.Tensor | None = None
         self.scale_L: torch.Tensor | None = None
+        # Repository, version and commit that it was loaded from.
+        self.origin: Origin | None = None
         self._root_P = root.adapter.flat(dtype=torch.float64)
 
     @property
@@ -165,19 +164,33 @@ class LoraDeltaTokenizer(PushToHubMixin):
         assert self.scale_L is not None
         return self.scale_L.double().repeat_interleave(torch.tensor(self.layout.widths))
 
+    def shift(self, delta_P: torch.Tensor) -> dict[str, float] | None:
+        """How large a raw delta `(numel,)` is beside the training deltas: `rms` of all its standardised values, and
+        `max_block_rms` of the largest block. 1 is usual; None for a tokenizer that does not scale."""
+        if self.scale == "none" or self.scale_L is None:
+            return None
+        standardised_P = self.layout.from_blocks(self.standardize(delta_P))
+        blocks = [float(part.double().square().mean().sqrt()) for part in standardised_P.split(self.layout.widths)]
+        return {"rms": float(standardised_P.double().square().mean().sqrt()), "max_block_rms": max(blocks)}
+
     # Adapters <-> deltas <-> blocks
 
-    def delta(self, adapter: str | Path | LoraAdapter, **hub_kwargs: Any) -> torch.Tensor:
+    def delta(self, adapter: str | Path | LoraAdapter, *, path: str | None = None, **hub_kwargs: Any) -> torch.Tensor:
         """Adapter minus root, float32, shape `(numel,)`.
+
+        Args:
+            adapter: folder, repository id or [`LoraAdapter`].
+            path (`str`, *optional*): what errors call a [`LoraAdapter`].
+            hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
 
         Raises:
             [`AdapterFormatError`], [`LayoutMismatchError`], [`BaseModelMismatchError`], [`RootMismatchError`]: the
                 adapter is not one that was fine-tuned from this tokenizer's root.
         """
-        return self._delta(adapter, **hub_kwargs).float()
+        return self._delta(adapter, path=path, **hub_kwargs).float()
 
-    def _delta(self, adapter: str | Path | LoraAdapter, **hub_kwargs: Any) -> torch.Tensor:
-        path = None if isinstance(adapter, LoraAdapter) else str(adapter)
+    def _delta(self, adapter: str | Path | LoraAdapter, *, path: str | None = None, **hub_kwargs: Any) -> torch.Tensor:
+        path = path if isinstance(adapter, LoraAdapter) else str(adapter)
         if isinstance(adapter, LoraAdapter):
             shapes = {key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()}
             self.layout.check_config(adapter.config, shapes)
@@ -264,10 +277,15 @@ class LoraDeltaTokenizer(PushToHubMixin):
 
     # Files
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> list[str]:
-        """Write root, statistics and config to a folder; the config comes last. Returns the files written."""
+    def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """Write root, statistics and config to a folder; the config comes last. Returns the files written.
+
+        Args:
+            save_directory (`str` or `Path`)
+            push_to_hub (`bool`, *optional*, defaults to `False`): also publish it, as `repo_id` (default: the folder's
+                name) and with the other arguments of [`~LoraDeltaTokenizer.push_to_hub`].
+        """
         folder = Path(save_directory)
-        push_to_hub = kwargs.pop("push_to_hub", False)
         self.root.save_pretrained(folder / ROOT_FOLDER)
         if self.mean_P is not None and self.scale_L is not None:
             save_tensors_atomic(folder / TOKENIZER_STATISTICS_NAME, {"mean": self.mean_P, "scale": self.scale_L})
@@ -283,15 +301,17 @@ class LoraDeltaTokenizer(PushToHubMixin):
         """Load a tokenizer from a folder or a Hub repository.
 
         Args:
-            name_or_path (`str` or `Path`): folder or repository id.
+            name_or_path (`str` or `Path`): folder or repository id, also as `org/name@v1.0`.
             subfolder (`str`, *optional*): `"source"` or `"target"` in a mapper's repository.
             hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
 
         Raises:
             [`IncompleteArtifactError`]: no tokenizer there, or part of it is missing.
             [`FormatVersionError`]: written by a newer version.
+            [`HubError`]: no such repository or version, no access, or no answer.
         """
-        folder = resolve_folder(name_or_path, allow_patterns=TOKENIZER_FILES, subfolder=subfolder, **hub_kwargs)
+        fetched = fetch(name_or_path, allow_patterns=TOKENIZER_FILES, subfolder=subfolder, **hub_kwargs)
+        folder = fetched.folder
         config = read_json(folder / TOKENIZER_NAME)
         tokenizer = cls(
             Root.from_pretrained(folder, subfolder=ROOT_FOLDER),
@@ -300,6 +320,7 @@ class LoraDeltaTokenizer(PushToHubMixin):
             scale=config["scale"],
             recipe=config.get("recipe"),
         )
+        tokenizer.origin = tokenizer.root.origin = fetched.origin
         if config["fitted"]:
             path = folder / TOKENIZER_STATISTICS_NAME
             statistics = load_file(path) if path.is_file() else {}
@@ -315,6 +336,43 @@ class LoraDeltaTokenizer(PushToHubMixin):
                 )
             tokenizer.mean_P, tokenizer.scale_L = mean_P, scale_L
         return tokenizer
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+    ) -> Published:
+        """Publish the tokenizer alone as a version of a repository; a mapper publishes both of its own.
+
+        Args:
+            repo_id (`str`): created if needed.
+            subfolder (`str`, *optional*): folder in the repository; what lies beside it stays.
+            revision (`str`, *optional*): tag of the version. Default: `v1.0`, then `v1.1`, ...
+            private, token, commit_message: as in [`push_folder`].
+
+        Raises:
+            [`UsageError`]: the tag names another version already; a token or local path would be published.
+            [`HubError`]: no permission, or no answer.
+        """
+        prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+            files = public_files({prefix + path.relative_to(folder).as_posix(): path for path in paths})
+            return publish(
+                repo_id,
+                lambda _: files,
+                owned=lambda name: name.startswith(prefix) and name.removeprefix(prefix) in TOKENIZER_FILES,
+                revision=revision,
+                private=private,
+                token=token,
+                message=commit_message or "Upload delta tokenizer",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 
-from ..constants import ADAPTER_CONFIG_NAME, ADAPTER_METADATA_NAME, ADAPTER_WEIGHTS_NAME
+from ..constants import ADAPTER_CONFIG_NAME, ADAPTER_METADATA_NAME, ADAPTER_WEIGHTS_NAME, FORMAT_VERSION
 from ..errors import AdapterFormatError, BaseModelMismatchError
-from .io import read_header, read_json, read_tensors, resolve_folder, save_tensors_atomic, write_json_atomic
+from ..files import read_json, write_json_atomic
+from ..hub import Origin, Published, fetch, push_folder
+from ..hub.kinds import ADAPTER_FILES
+from .io import read_header, read_tensors, save_tensors_atomic
 from .layout import LoraLayout
 
 
-ADAPTER_FILES = (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, ADAPTER_METADATA_NAME)
+__all__ = ["ADAPTER_FILES", "LoraAdapter"]
 
 
 @dataclass
@@ -29,12 +32,14 @@ class LoraAdapter:
         tensors (`dict[str, torch.Tensor]`): the tensors by their keys in `adapter_model.safetensors`.
         layout ([`LoraLayout`]): order, shapes and scalings of the tensors.
         metadata (`dict`): facts that peft's config has no field for; written to `grad_transformer.json`.
+        origin ([`Origin`], *optional*): repository, version and commit that it was loaded from.
     """
 
     config: dict[str, Any]
     tensors: dict[str, torch.Tensor]
     layout: LoraLayout
     metadata: dict[str, Any] = field(default_factory=dict)
+    origin: Origin | None = field(default=None, compare=False)
 
     @classmethod
     def from_pretrained(
@@ -48,7 +53,7 @@ class LoraAdapter:
         """Read an adapter from a folder or a Hub repository, its config and header before any tensor.
 
         Args:
-            name_or_path (`str` or `Path`): PEFT adapter folder, or repository id.
+            name_or_path (`str` or `Path`): PEFT adapter folder, or repository id, also as `org/name@v1.0`.
             layout ([`LoraLayout`], *optional*): the layout that the adapter must have. Without it the layout is read
                 off the adapter's own config, which means trusting the patterns in it.
             subfolder (`str`, *optional*): folder below `name_or_path`.
@@ -57,8 +62,10 @@ class LoraAdapter:
         Raises:
             [`AdapterFormatError`]: missing or unsafe files, or content that A and B alone do not hold.
             [`LayoutMismatchError`]: not the given layout.
+            [`HubError`]: no such repository or version, no access, or no answer.
         """
-        folder = resolve_folder(name_or_path, allow_patterns=ADAPTER_FILES, subfolder=subfolder, **hub_kwargs)
+        fetched = fetch(name_or_path, allow_patterns=ADAPTER_FILES, subfolder=subfolder, **hub_kwargs)
+        folder = fetched.folder
         config = read_json(folder / ADAPTER_CONFIG_NAME, error=AdapterFormatError)
         weights = folder / ADAPTER_WEIGHTS_NAME
         if not weights.is_file():
@@ -83,7 +90,7 @@ class LoraAdapter:
             layout.check_config(config, shapes, path=str(folder))
         metadata_path = folder / ADAPTER_METADATA_NAME
         metadata = read_json(metadata_path, error=AdapterFormatError) if metadata_path.is_file() else {}
-        return cls(config, read_tensors(weights, list(shapes)), layout, metadata)
+        return cls(config, read_tensors(weights, list(shapes)), layout, metadata, fetched.origin)
 
     @property
     def base_model(self) -> str | None:
@@ -129,31 +136,49 @@ class LoraAdapter:
         self,
         repo_id: str,
         *,
+        revision: str | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload LoRA adapter",
-    ) -> str:
-        """Create the model repository if needed and upload the adapter's files in one commit.
+        license: str | None = None,
+        commit_message: str | None = None,
+    ) -> Published:
+        """Publish the adapter as a version of a model repository, with its card.
+
+        Args:
+            repo_id (`str`): created if needed.
+            revision (`str`, *optional*): tag of the version. Default: `v1.0`, then `v1.1`, ...
+            private (`bool`, *optional*): of a new repository. Default: a client's adapter is private, a generated one
+                as the account's settings say.
+            token, license, commit_message: as in [`push_folder`].
 
         Returns:
-            `str`: URL of the commit.
+            [`Published`]: the version's tag, commit and page.
 
         Raises:
-            [`huggingface_hub.errors.HfHubHTTPError`]: no permission, or the Hub cannot be reached.
+            [`UsageError`]: the tag names another version already; a token or local path would be published.
+            [`HubError`]: no permission, or no answer.
         """
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model")
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
+            if not self.metadata:
+                write_json_atomic(Path(folder) / ADAPTER_METADATA_NAME, {"format_version": FORMAT_VERSION})
+            return push_folder(
+                folder,
+                repo_id,
                 revision=revision,
+                private=private,
+                token=token,
+                license=license,
                 commit_message=commit_message,
-                allow_patterns=list(ADAPTER_FILES),
             )
-        return str(commit.commit_url)
+
+    def sha256(self) -> str:
+        """SHA-256 over keys, shapes, scalings and values in layout order, independent of file layout."""
+        digest = hashlib.sha256()
+        for spec in self.layout.tensor_specs():
+            digest.update(repr((spec.key, spec.shape, float(spec.scaling))).encode())
+            digest.update(self.tensors[spec.key].to(torch.float32).contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def _last_part(name_or_path: str) -> str:

@@ -1,32 +1,33 @@
-"""Files: whole or absent when written, checked by their header before a tensor is read.
-
-An artifact's manifest is written last and alone says that the artifact is whole; a killed process leaves at most a
-hidden temporary file.
-"""
+"""Tensor files: whole or absent when written, checked by their header before a tensor is read."""
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..constants import FORMAT_VERSION
-from ..errors import AdapterFormatError, FormatVersionError, GradTransformerError, IncompleteArtifactError, UsageError
+from ..errors import AdapterFormatError
+from ..files import atomic_write, read_json, write_json_atomic, write_text_atomic
+from ..hub import resolve_folder
 
+
+__all__ = [
+    "TensorInfo",
+    "atomic_write",
+    "read_header",
+    "read_json",
+    "read_tensors",
+    "resolve_folder",
+    "save_tensors_atomic",
+    "write_json_atomic",
+    "write_text_atomic",
+]
 
 MAX_HEADER_BYTES = 16 * 2**20
-MAX_JSON_BYTES = 64 * 2**20
 
 _DTYPES = {
     "F64": torch.float64,
@@ -46,35 +47,6 @@ class TensorInfo:
     shape: tuple[int, ...]
 
 
-@contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; rename it to `path` when the block ends, remove it if the block fails."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text_atomic(path: str | Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json_atomic(path: str | Path, data: Mapping[str, Any], *, indent: int | None = 2) -> None:
-    write_text_atomic(path, json.dumps(data, indent=indent, allow_nan=False) + "\n")
-
-
 def save_tensors_atomic(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -83,39 +55,6 @@ def save_tensors_atomic(
         save_file(
             {key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata=dict(metadata or {})
         )
-
-
-def read_json(path: str | Path, *, error: type[GradTransformerError] = IncompleteArtifactError) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        `error`: the file is missing, too large, not JSON, or not an object.
-        [`FormatVersionError`]: it carries a `format_version` newer than this library's.
-    """
-    path = Path(path)
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise error("The file is too large.", path=path, expected=f"at most {MAX_JSON_BYTES} bytes", found=size)
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as cause:
-        raise error(
-            f"{path.name} is missing or cannot be read.", path=path, expected="a JSON file", found=cause.strerror
-        ) from cause
-    except (ValueError, RecursionError) as cause:
-        raise error(f"{path.name} is not valid JSON.", path=path, expected="a JSON object", found=cause) from cause
-    if not isinstance(data, dict):
-        raise error(f"{path.name} is not a JSON object.", path=path, expected="an object", found=type(data).__name__)
-    version = data.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise FormatVersionError(
-            "The artifact was written by a newer version of grad_transformer.",
-            path=path,
-            expected=f"format version up to {FORMAT_VERSION}",
-            found=version,
-            remedy="pip install --upgrade grad-transformer",
-        )
-    return data
 
 
 def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -181,52 +120,3 @@ def read_tensors(path: str | Path, keys: Sequence[str]) -> dict[str, torch.Tenso
                 remedy="the fine-tune diverged: lower its learning rate and run it again",
             )
     return tensors
-
-
-def resolve_folder(
-    name_or_path: str | Path,
-    *,
-    allow_patterns: Sequence[str],
-    subfolder: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-) -> Path:
-    """A local folder as it is, or the snapshot of a Hub repository (only files that match `allow_patterns`).
-
-    Args:
-        name_or_path (`str` or `Path`): a folder, or a repository id.
-        allow_patterns (`Sequence[str]`): file names below `subfolder` that may be downloaded.
-        subfolder (`str`, *optional*): folder below it.
-        revision, token, cache_dir, local_files_only: as in `huggingface_hub.snapshot_download`.
-
-    Raises:
-        [`UsageError`]: neither an existing folder nor a repository that can be reached.
-    """
-    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        try:
-            folder = Path(
-                snapshot_download(
-                    str(name_or_path),
-                    revision=revision,
-                    token=token,
-                    cache_dir=cache_dir,
-                    local_files_only=local_files_only,
-                    allow_patterns=[prefix + pattern for pattern in allow_patterns],
-                )
-            )
-        except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as cause:
-            raise UsageError(
-                "Neither a folder nor a Hub repository that can be reached.",
-                path=name_or_path,
-                expected="an existing folder, or the id of a repository on the Hub",
-                found=f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}",
-                remedy="check the spelling, the network (HF_HUB_OFFLINE), and your access token (HF_TOKEN)",
-            ) from cause
-    folder = folder / prefix if prefix else folder
-    if not folder.is_dir():
-        raise UsageError("The folder does not exist.", path=folder, remedy=f"check `subfolder` ({subfolder!r})")
-    return folder

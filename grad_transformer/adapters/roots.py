@@ -7,23 +7,23 @@ are equally accurate, so the root is shipped and checked, never drawn again from
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..constants import FORMAT_VERSION, ROOT_NAME
+from ..constants import FORMAT_VERSION, ROOT_FOLDER, ROOT_NAME
 from ..errors import BaseModelMismatchError, IncompleteArtifactError, RootMismatchError, UsageError
-from .adapter import ADAPTER_FILES, LoraAdapter
-from .io import read_json, resolve_folder, write_json_atomic
+from ..files import read_json, write_json_atomic
+from ..hub import Origin, fetch
+from ..hub.kinds import ROOT_FILES
+from .adapter import LoraAdapter
 from .layout import LoraLayout, check_representable
 
-
-ROOT_FILES = (*ADAPTER_FILES, ROOT_NAME)
 
 # Cosine between the A matrices of an adapter and of the root. Runs from another draw of A lie near 0.
 MINIMUM_ROOT_COSINE = 0.5
@@ -42,6 +42,7 @@ class Root:
         base_revision (`str`, *optional*): its revision on the Hub.
         base_fingerprint (`str`): see [`fingerprint_base_model`].
         seed (`int`): the seed that A was drawn with; for the record only.
+        origin ([`Origin`], *optional*): repository, version and commit that it was loaded from.
     """
 
     adapter: LoraAdapter
@@ -50,6 +51,7 @@ class Root:
     base_revision: str | None
     base_fingerprint: str
     seed: int
+    origin: Origin | None = field(default=None, compare=False)
 
     @property
     def layout(self) -> LoraLayout:
@@ -85,7 +87,8 @@ class Root:
             [`AdapterFormatError`]: the adapter beside it cannot be read.
             [`FormatVersionError`]: written by a newer version.
         """
-        folder = resolve_folder(name_or_path, allow_patterns=ROOT_FILES, subfolder=subfolder, **hub_kwargs)
+        fetched = fetch(name_or_path, allow_patterns=ROOT_FILES, subfolder=subfolder, **hub_kwargs)
+        folder = fetched.folder
         manifest = read_json(folder / ROOT_NAME)
         adapter = LoraAdapter.from_pretrained(folder)
         fingerprint = fingerprint_adapter(adapter)
@@ -104,6 +107,7 @@ class Root:
             base_revision=manifest.get("base_revision"),
             base_fingerprint=str(manifest.get("base_fingerprint")),
             seed=int(manifest.get("seed", 0)),
+            origin=fetched.origin,
         )
 
     def check_base(self, model: PreTrainedModel, *, path: str | None = None) -> None:
@@ -201,13 +205,34 @@ def create_root(
     return root
 
 
+def pull_root(
+    repo_id: str | Path,
+    *,
+    role: Literal["source", "target"] = "source",
+    output_dir: str | Path | None = None,
+    **hub_kwargs: Any,
+) -> Root:
+    """The root that a mapper's clients start from, alone: neither the mapper's weights nor its data are downloaded.
+
+    Args:
+        repo_id (`str` or `Path`): the mapper's repository, also as `org/name@v1.0`, or its folder.
+        role (`str`, *optional*, defaults to `"source"`): `"target"` for the LLM's root.
+        output_dir (`str` or `Path`, *optional*): also write it there.
+        hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        [`HubError`]: no such repository or version, no access, or no answer.
+        [`IncompleteArtifactError`]: it holds no root, or one that was changed.
+    """
+    root = Root.from_pretrained(repo_id, subfolder=f"{role}/{ROOT_FOLDER}", **hub_kwargs)
+    if output_dir is not None:
+        root.save_pretrained(output_dir)
+    return root
+
+
 def fingerprint_adapter(adapter: LoraAdapter) -> str:
-    """SHA-256 over keys, shapes, scalings and values in layout order, independent of file layout."""
-    digest = hashlib.sha256()
-    for spec in adapter.layout.tensor_specs():
-        digest.update(repr((spec.key, spec.shape, float(spec.scaling))).encode())
-        digest.update(adapter.tensors[spec.key].to(torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    """What "the same root" means, see [`LoraAdapter.sha256`]."""
+    return adapter.sha256()
 
 
 def fingerprint_base_model(model: PreTrainedModel) -> str:

@@ -41,7 +41,8 @@ def finetune_client(
     guarantee; differential privacy is.
 
     Args:
-        mapper (`str`, `Path` or [`LoraDeltaTokenizer`]): the mapper's folder or repository, or its tokenizer.
+        mapper (`str`, `Path` or [`LoraDeltaTokenizer`]): the mapper's folder or repository (also `org/name@v1.0`), or
+            its tokenizer. The adapter records which version and commit it was.
         rows (`datasets.Dataset` or rows): with columns `prompt` and `completion`.
         output_dir (`str` or `Path`): receives a PEFT adapter with `grad_transformer.json` beside it. Nothing of the
             rows is in it; their number only with `state_num_examples`.
@@ -99,6 +100,7 @@ def finetune_client(
     values_P = root.layout.flatten({key: tensor.cpu() for key, tensor in result.tensors.items()})
     metadata: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
+        "mapper": None if tokenizer.origin is None else tokenizer.origin.to_dict(),
         "root": root.facts(),
         "recipe": recipe.to_dict(),
         "differential_privacy": None,

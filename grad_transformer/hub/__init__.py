@@ -1,0 +1,24 @@
+"""Repositories on the Hub: versions that never move, resolved to a commit once; cards; nothing private in them."""
+
+from .kinds import KINDS, RepoKind
+from .push import pull_folder, push_delta_dataset, push_folder
+from .repos import ALLOWED_PATTERNS, Published, publish
+from .resolve import Fetched, Origin, fetch, resolve, resolve_folder, split_revision
+
+
+__all__ = [
+    "ALLOWED_PATTERNS",
+    "KINDS",
+    "Fetched",
+    "Origin",
+    "Published",
+    "RepoKind",
+    "fetch",
+    "publish",
+    "pull_folder",
+    "push_delta_dataset",
+    "push_folder",
+    "resolve",
+    "resolve_folder",
+    "split_revision",
+]
