@@ -14,6 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..adapters.io import write_json_atomic
+from ..evaluation.clients import score_heldout
+from ..evaluation.controls import fit_controls
+from ..shadow import load_delta_dataset
+from ..training import build_mapper, train_mapper
 from ..training.arguments import GradTransformerTrainingArguments, MapperArguments
 from ._common import CommandParser, CommandResult, format_table
 
@@ -54,12 +59,6 @@ def train(
     dataset_dir: str | Path, mapper_args: MapperArguments, training_args: GradTransformerTrainingArguments
 ) -> dict[str, Any]:
     """Train on a delta dataset; writes the mapper, its held-out figures and its training log."""
-    from ..adapters.io import write_json_atomic
-    from ..evaluation.clients import score_heldout
-    from ..evaluation.controls import fit_controls
-    from ..shadow import load_delta_dataset
-    from ..training import build_mapper, train_mapper
-
     deltas = load_delta_dataset(dataset_dir)
     recipes = deltas.manifest["recipes"]
     model = build_mapper(

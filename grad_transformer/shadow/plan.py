@@ -1,6 +1,6 @@
 """The shadow plan: which subsets of the public data are fine-tuned, from which roots, by which recipes.
 
-Planning is pure and frozen: `plan.json`, with both roots beside it, is all that the runs need, and they only execute it.
+Planning is pure and frozen: `plan.json`, with both roots beside it, is all that the runs need; they only execute it.
 """
 
 from __future__ import annotations

@@ -72,8 +72,8 @@ def run_shadows(
     Args:
         plan_dir (`str` or `Path`): folder with `plan.json` and both roots; receives `runs/`.
         roles (`Sequence[str]`, *optional*): `"source"` (TinyLM), `"target"` (LLM), by default both in turn.
-        engine (`str`, *optional*, defaults to `"batched"`): `"batched"` trains many adapters at once, `"trl"` one after
-            another with `SFTTrainer`; both give the same deltas.
+        engine (`str`, *optional*, defaults to `"batched"`): `"batched"` trains many adapters at once, `"trl"` one
+            after another with `SFTTrainer`; both give the same deltas.
         adapters_per_batch (`int`, *optional*, defaults to 32): how many at once.
         rows (`datasets.Dataset`, *optional*): the public data; default: loaded from where the plan says.
         dtype, device: see [`load_base`].
@@ -191,7 +191,7 @@ def shadow_summary(plan_dir: str | Path) -> dict[str, DeltaReproducibility | Non
     target = summary["target"]
     if target is not None and target.leave_one_out_r2 is not None and target.leave_one_out_r2 < LITTLE_TO_LEARN:
         logger.warning(
-            f"LLM deltas of one task hardly agree (leave-one-out R² {target.leave_one_out_r2:.3f}): there is little to "
-            "learn. A larger adam_epsilon, more rows or more steps make them agree."
+            f"LLM deltas of one task hardly agree (leave-one-out R² {target.leave_one_out_r2:.3f}): there is little "
+            "to learn. A larger adam_epsilon, more rows or more steps make them agree."
         )
     return summary
