@@ -1,6 +1,7 @@
 """Train the mapper on a delta dataset, and measure it on shadow runs that it never saw.
 
     grad-transformer train --dataset deltas --output_dir mapper --backbone google/flan-t5-large
+    grad-transformer train --dataset acme/qwen2.5-3b-to-7b-deltas@v1.0 --output_dir mapper
     grad-transformer train --dataset deltas --output_dir mapper --d_model 128 --max_steps 600 --learning_rate 1e-3
     accelerate launch -m grad_transformer.cli train --config train.yaml
 
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.io import write_json_atomic
+from ..constants import HELDOUT_NAME, TRAINING_LOG_NAME
 from ..evaluation.clients import score_heldout
 from ..evaluation.controls import fit_controls
 from ..shadow import load_delta_dataset
@@ -23,15 +25,11 @@ from ..training.arguments import GradTransformerTrainingArguments, MapperArgumen
 from ._common import CommandParser, CommandResult, format_table
 
 
-TRAINING_LOG_NAME = "training_log.json"
-HELDOUT_NAME = "heldout.json"
-
-
 @dataclass(frozen=True)
 class TrainArguments:
     """Arguments of `grad-transformer train`, beside those of mapper and training."""
 
-    dataset: str = field(metadata={"help": "Delta dataset: the folder that `build` wrote."})
+    dataset: str = field(metadata={"help": "Delta dataset: the folder that `build` wrote, or a Hub repository."})
 
 
 def make_parser() -> CommandParser:
@@ -70,6 +68,8 @@ def train(
         target_recipe=recipes["target"],
         seed=training_args.seed,
     )
+    if deltas.origin is not None:
+        model.config.delta_dataset = deltas.origin.to_dict()
     trainer, heldout = train_mapper(model, deltas.splits, training_args)
     data: dict[str, Any] = {
         "output_dir": training_args.output_dir,

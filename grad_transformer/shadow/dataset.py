@@ -20,6 +20,7 @@ from ..adapters import LoraLayout, Root
 from ..adapters.io import atomic_write, read_json, write_json_atomic, write_text_atomic
 from ..constants import DELTA_DATASET_NAME, FORMAT_VERSION, PLAN_NAME
 from ..errors import DeltaDatasetError
+from ..hub import KINDS, Fetched, Origin, fetch
 from .plan import ROLES, SPLITS, ShadowPlan
 from .records import missing_runs, read_run
 from .run import load_plan_root, root_folder
@@ -48,11 +49,13 @@ class DeltaDataset:
             `shadow_id`, `task`, `step`, `source_blocks`, `target_blocks`.
         manifest (`dict`): `delta_dataset.json`.
         folder (`Path`): where it lies.
+        origin ([`Origin`], *optional*): repository, version and commit that it was loaded from.
     """
 
     splits: dict[str, datasets.Dataset]
     manifest: dict[str, Any]
     folder: Path
+    origin: Origin | None = None
 
     @cached_property
     def source_root(self) -> Root:
@@ -167,16 +170,33 @@ def build_delta_dataset(
     return manifest
 
 
-def load_delta_dataset(path: str | Path) -> DeltaDataset:
-    """Load a delta dataset from a folder.
+def load_delta_dataset(
+    name_or_path: str | Path, *, revision: str | None = None, streaming: bool = False, **hub_kwargs: Any
+) -> DeltaDataset:
+    """Load a delta dataset from a folder or a Hub repository.
+
+    Args:
+        name_or_path (`str` or `Path`): the folder that `build_delta_dataset` wrote, or a repository id, also as
+            `org/name@v1.0`.
+        revision (`str`, *optional*): tag, branch or commit, resolved to a commit once; `origin` keeps it.
+        streaming (`bool`, *optional*, defaults to `False`): splits are `datasets.IterableDataset`s whose rows come as
+            they are read; only manifest and roots are downloaded before, and no file is hashed.
+        hub_kwargs: `token`, `cache_dir`, `local_files_only`.
 
     Raises:
         [`IncompleteArtifactError`]: there is no manifest: the build was not finished.
         [`DeltaDatasetError`]: a file is missing or changed, or a shadow run is in two splits.
         [`FormatVersionError`]: written by a newer version.
+        [`HubError`]: no such repository or version, no access, or no answer.
     """
-    folder = Path(path)
+    patterns = KINDS["delta_dataset"].patterns
+    if streaming:
+        patterns = tuple(pattern for pattern in patterns if not pattern.endswith(".parquet"))
+    fetched = fetch(name_or_path, allow_patterns=patterns, repo_type="dataset", revision=revision, **hub_kwargs)
+    folder = fetched.folder
     manifest = read_json(folder / DELTA_DATASET_NAME)
+    if streaming:
+        return DeltaDataset(_stream(fetched, manifest, hub_kwargs.get("token")), manifest, folder, fetched.origin)
     for name, digest in manifest["files"].items():
         found = _sha256(folder / name) if (folder / name).is_file() else "no file"
         if found != digest:
@@ -199,7 +219,18 @@ def load_delta_dataset(path: str | Path) -> DeltaDataset:
                     expected="splits by shadow run",
                     found=f"{shadow_id} in {seen[shadow_id]} and {split}",
                 )
-    return DeltaDataset(dict(splits), manifest, folder)
+    return DeltaDataset(dict(splits), manifest, folder, fetched.origin)
+
+
+def _stream(fetched: Fetched, manifest: dict[str, Any], token: str | bool | None) -> dict[str, Any]:
+    paths = {split: f"data/{split}-*.parquet" for split in manifest["splits"]}
+    if fetched.origin is None or (fetched.folder / "data").is_dir():
+        local = {split: str(fetched.folder / path) for split, path in paths.items()}
+        return dict(datasets.load_dataset("parquet", data_files=local, streaming=True))
+    origin = fetched.origin
+    return dict(
+        datasets.load_dataset(origin.repo_id, data_files=paths, revision=origin.sha, token=token, streaming=True)
+    )
 
 
 def _run_table(

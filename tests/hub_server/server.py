@@ -16,7 +16,7 @@ from .api import Answer, Request, answer
 from .store import Account, ApiError, Store
 
 
-MAX_SECONDS = 300.0
+MAX_SECONDS = 900.0
 _CHUNK = 2**16
 
 
