@@ -132,6 +132,19 @@ class ClientReport:
         return performance_gap_recovered(score, self.tinylm, self.llm_finetuned)
 
 
+def pooled_pgr(clients: Sequence[ClientReport]) -> float | None:
+    """PGR of the mean scores of clients that have a ceiling; `None` without any, or where the mean gap is too small."""
+    known = [
+        (client.generated, client.tinylm, client.llm_finetuned)
+        for client in clients
+        if client.llm_finetuned is not None
+    ]
+    if not known:
+        return None
+    generated, tinylm, llm = (float(np.mean(scores)) for scores in zip(*known, strict=True))
+    return performance_gap_recovered(generated, tinylm, llm)
+
+
 @dataclass(frozen=True)
 class Report:
     """One run, from shadow runs to scored clients. `to_dict` is what `report.json` holds.
