@@ -133,15 +133,14 @@ class ClientReport:
 
 
 def pooled_pgr(clients: Sequence[ClientReport]) -> float | None:
-    """PGR of the mean scores of clients that have a ceiling; `None` without any, or where the mean gap is too small."""
-    known = [
-        (client.generated, client.tinylm, client.llm_finetuned)
-        for client in clients
-        if client.llm_finetuned is not None
-    ]
+    """PGR of the mean scores of the clients that have a ceiling; `None` without any, or where the gap is too small."""
+    known = [client for client in clients if client.llm_finetuned is not None]
     if not known:
         return None
-    generated, tinylm, llm = (float(np.mean(scores)) for scores in zip(*known, strict=True))
+    generated, tinylm, llm = (
+        float(np.mean([getattr(client, name) for client in known]))
+        for name in ("generated", "tinylm", "llm_finetuned")
+    )
     return performance_gap_recovered(generated, tinylm, llm)
 
 
