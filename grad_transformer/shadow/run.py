@@ -87,6 +87,7 @@ def run_shadows(
         [`BaseModelMismatchError`]: a base model is not the one that its root was made for.
         [`RecipeError`]: the engine cannot do what the recipe asks for, or a run diverged.
     """
+    _check_engine(engine, adapters_per_batch)
     plan = ShadowPlan.load(plan_dir)
     missing = {role: missing_runs(plan, plan_dir, role) for role in roles}
     if any(missing.values()):
@@ -145,19 +146,17 @@ def fine_tune_many(
         engine, adapters_per_batch, sft_config: see [`run_shadows`].
         on_progress (`Callable[[str], Any]`, *optional*): gets a few words while a batch of adapters trains.
     """
+    _check_engine(engine, adapters_per_batch)
     if engine == "trl":
         peft_model = attach_root(model, root)
-        for job in jobs:
-            yield run_sft(
-                peft_model, tokenizer, job.rows, recipe, root=root, seed=job.seed, name=job.name, **sft_config
-            )
+        try:
+            for job in jobs:
+                yield run_sft(
+                    peft_model, tokenizer, job.rows, recipe, root=root, seed=job.seed, name=job.name, **sft_config
+                )
+        finally:
+            peft_model.unload()
         return
-    if engine != "batched" or adapters_per_batch < 1:
-        raise UsageError(
-            "There is no such engine.",
-            expected="engine trl or batched, adapters_per_batch of at least 1",
-            found=f"engine={engine!r}, adapters_per_batch={adapters_per_batch}",
-        )
 
     def progress(step: int, loss: float) -> None:
         if on_progress is not None and (step % 10 == 0 or step == recipe.max_steps):
@@ -166,6 +165,15 @@ def fine_tune_many(
     iterator = iter(jobs)
     while batch := list(islice(iterator, adapters_per_batch)):
         yield from run_batched(model, tokenizer, root, batch, recipe, progress=progress)
+
+
+def _check_engine(engine: str, adapters_per_batch: int) -> None:
+    if engine not in ("trl", "batched") or adapters_per_batch < 1:
+        raise UsageError(
+            "There is no such engine.",
+            expected="engine trl or batched, adapters_per_batch of at least 1",
+            found=f"engine={engine!r}, adapters_per_batch={adapters_per_batch}",
+        )
 
 
 def shadow_summary(plan_dir: str | Path) -> dict[str, DeltaReproducibility | None]:
