@@ -21,6 +21,7 @@ from grad_transformer import (
 from grad_transformer.errors import FormatVersionError, HubError, IncompleteArtifactError, UsageError
 from grad_transformer.files import read_json, write_json_atomic
 from grad_transformer.hub import fetch, publish, pull_folder, split_revision
+from grad_transformer.shadow import load_delta_dataset
 from tests.hub.conftest import CLIENT, READER
 from tests.hub.worlds import client_adapter, delta_dataset, tiny_mapper, tiny_roots
 from tests.worlds import moved
@@ -167,6 +168,18 @@ def test_a_delta_dataset_loads_with_plain_datasets(hub, roots, tmp_path):
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 6, "validation": 2, "test": 2}
 
 
+def test_a_delta_dataset_loads_by_version_whole_or_streaming(hub, roots, tmp_path):
+    published = push_delta_dataset(delta_dataset(tmp_path / "deltas", roots), "acme/deltas")
+    whole = load_delta_dataset("acme/deltas@v1.0")
+    assert whole.origin.sha == published.sha and whole.source_root.fingerprint == roots[0].fingerprint
+    assert whole.pairs("train").source.shape == (6, roots[0].layout.numel)
+    streamed = load_delta_dataset("acme/deltas", revision="v1.0", streaming=True, cache_dir=tmp_path / "other")
+    assert not list((tmp_path / "other").rglob("*.parquet")), "rows are read, not downloaded"
+    row = next(iter(streamed.splits["test"]))
+    assert row["shadow_id"] == "test-0" and row["source_blocks"] == whole.pairs("test").source[0].tolist()
+    assert streamed.target_root.fingerprint == roots[1].fingerprint
+
+
 def test_a_pulled_folder_remembers_its_commit(hub, roots, client, tmp_path):
     published = client.push_to_hub("acme/client")
     folder, _ = pull_folder("acme/client@v1.0", tmp_path / "client", kind="client_adapter")
@@ -270,3 +283,17 @@ def test_offline_the_cached_version_loads(hub, client, monkeypatch):
     with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
         LoraAdapter.from_pretrained("acme/other")
     assert hub.seen == []
+
+
+def test_push_and_pull_as_commands(hub, roots, tmp_path, run_cli):
+    tiny_mapper(roots).save_pretrained(tmp_path / "mapper")
+    pushed = run_cli("push", tmp_path / "mapper", "acme/mapper", "--kind", "mapper", "--license", "mit", "--json")
+    assert pushed.code == 0 and (pushed.json["revision"], pushed.json["new"]) == ("v1.0", True)
+    for kind, manifest in (("mapper", "config.json"), ("root", "root.json")):
+        pulled = run_cli(
+            "pull", "acme/mapper@v1.0", "--kind", kind, "--output_dir", tmp_path / kind / "copy", "--json"
+        )
+        assert pulled.code == 0 and pulled.json["sha"] == pushed.json["sha"]
+        assert (tmp_path / kind / "copy" / manifest).is_file()
+    wrong = run_cli("push", tmp_path / "mapper", "acme/mapper", "--kind", "client_adapter")
+    assert wrong.code == 2 and "holds something else" in wrong.stderr

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from . import collections as collections  # adds its routes
 from .api import Answer, Request, answer
 from .store import Account, ApiError, Store
 
