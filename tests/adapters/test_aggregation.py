@@ -1,4 +1,4 @@
-"""Robust aggregation, and the exact mean of B·A: against slow code written from the papers, and by what they promise."""
+"""Robust aggregation and the exact mean of B·A: against slow code written from the papers, and by their promises."""
 
 from __future__ import annotations
 
