@@ -59,7 +59,9 @@ def attach_root(model: PreTrainedModel, root: Root) -> PeftModel:
         [`BaseModelMismatchError`]: not the base model that the root was made for.
     """
     root.check_base(model)
-    config = PeftConfig.from_peft_type(**{**root.adapter.config, "inference_mode": False})
+    # peft takes the name from the model, and warns where a copy of it lies elsewhere: its weights were just checked.
+    settings = {**root.adapter.config, "inference_mode": False, "base_model_name_or_path": None}
+    config = PeftConfig.from_peft_type(**settings)
     with torch.random.fork_rng(devices=[]):  # peft draws an A that is overwritten at once
         peft_model = get_peft_model(model, config)
     write_adapter_tensors(peft_model, root.adapter.tensors)

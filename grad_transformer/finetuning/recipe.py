@@ -18,6 +18,12 @@ from ..constants import FORMAT_VERSION
 from ..errors import FormatVersionError, RecipeError
 
 
+# transformers 5.23 renamed the field, and warns where the old name is set.
+_CHECKPOINTING = next(
+    field.name
+    for field in sorted(dataclasses.fields(SFTConfig), key=lambda field: field.name)
+    if field.name in ("activation_checkpointing", "gradient_checkpointing")
+)
 # Schedules that follow from the number of steps alone. The others need the loss, or arguments of their own.
 LR_SCHEDULER_TYPES = ("linear", "cosine", "constant", "constant_with_warmup")
 
@@ -144,13 +150,16 @@ class FineTuningRecipe:
         _refuse_unknown(fields, path=path)
         return cls(**fields)
 
-    def to_sft_config(self, output_dir: str | Path, *, seed: int, **overrides: Any) -> SFTConfig:
+    def to_sft_config(
+        self, output_dir: str | Path, *, seed: int, gradient_checkpointing: bool = False, **overrides: Any
+    ) -> SFTConfig:
         """The recipe as arguments of TRL's `SFTTrainer`, which then writes no file and reports nowhere.
 
         Args:
             output_dir (`str` or `Path`): a folder that the trainer wants to have.
             seed (`int`): seed of what the trainer draws itself (LoRA dropout).
-            overrides: other fields of `SFTConfig`, for instance `gradient_checkpointing=True`.
+            gradient_checkpointing (`bool`, *optional*, defaults to `False`): less memory for more time, same result.
+            overrides: other fields of `SFTConfig`.
         """
         settings: dict[str, Any] = {
             "output_dir": str(output_dir),
@@ -177,7 +186,7 @@ class FineTuningRecipe:
             # Weights decide the precision: TRL's default would switch on bfloat16 autocast.
             "bf16": False,
             "fp16": False,
-            "gradient_checkpointing": False,
+            _CHECKPOINTING: gradient_checkpointing,
             "save_strategy": "no",
             "eval_strategy": "no",
             "logging_strategy": "no",

@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -80,7 +81,7 @@ def run_sft(
         seed (`int`): decides the order of the rows, and LoRA dropout.
         recorder (`Callable`, *optional*): called with each snapshot, `(step, tensors)`.
         name (`str`, *optional*): what errors call this run.
-        sft_config: other fields of TRL's `SFTConfig`, such as `gradient_checkpointing=True`.
+        sft_config: `gradient_checkpointing=True`, or fields of TRL's `SFTConfig` such as `disable_tqdm=False`.
 
     Returns:
         [`SftResult`]
@@ -103,9 +104,9 @@ def run_sft(
             processing_class=tokenizer,
             callbacks=[recording],
         )
+        trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
         trainer.train()
         losses = trainer.step_losses()
-        trainer.accelerator.free_memory()
     peft_model.eval()
     peft_model.zero_grad(set_to_none=True)
     assert recording.steps == recipe.snapshot_steps(), recording.steps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -23,6 +23,7 @@ class BaseModelPreset:
         pretraining_batch_size (`int`): sequences per step.
         pretraining_learning_rate (`float`): peak, reached after a linear warm-up and followed by a cosine to 0.
         fine_tuning_steps (`int`): optimizer steps of one LoRA run, of a shadow as of a client.
+        fine_tuning_learning_rate (`float`): its peak learning rate.
     """
 
     hidden_size: int
@@ -36,6 +37,7 @@ class BaseModelPreset:
     pretraining_batch_size: int
     pretraining_learning_rate: float
     fine_tuning_steps: int
+    fine_tuning_learning_rate: float
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class LabPreset:
         small_rows (`int`): training rows of a `small` client.
         test_rows (`int`): test rows of each client.
         lora_rank, lora_alpha, lora_target_modules: the adapter, the same for both base models.
-        fine_tuning_learning_rate, fine_tuning_adam_epsilon, fine_tuning_batch_size, fine_tuning_warmup_steps: the
-            recipe that shadows and clients share. The large epsilon makes deltas of one task agree.
+        fine_tuning_adam_epsilon, fine_tuning_batch_size, fine_tuning_warmup_steps: what the recipes of both base
+            models share. The large epsilon makes deltas of one task agree.
         mapper_d_model, mapper_layers, mapper_d_ff, mapper_steps, mapper_batch_size, mapper_learning_rate: the mapper
             (`mapper_layers` in the encoder and as many in the decoder) and its training.
     """
@@ -62,17 +64,16 @@ class LabPreset:
     llm: BaseModelPreset
     runs_per_task: int
     rows_per_subset: int = 256
-    seen_clients: int = 6
+    seen_clients: int = 12
     small_clients: int = 2
     skewed_clients: int = 2
-    mixture_clients: int = 3
+    mixture_clients: int = 4
     unseen_clients: int = 8
     small_rows: int = 48
     test_rows: int = 256
     lora_rank: int = 2
     lora_alpha: int = 8
     lora_target_modules: tuple[str, ...] = ("q_proj", "v_proj")
-    fine_tuning_learning_rate: float = 3e-2
     fine_tuning_adam_epsilon: float = 0.1
     fine_tuning_batch_size: int = 16
     fine_tuning_warmup_steps: int = 10
@@ -96,7 +97,7 @@ class LabPreset:
     def recipe_arguments(self, model: BaseModelPreset) -> dict[str, Any]:
         """Keyword arguments of a `FineTuningRecipe` for one of the two base models."""
         return {
-            "learning_rate": self.fine_tuning_learning_rate,
+            "learning_rate": model.fine_tuning_learning_rate,
             "adam_epsilon": self.fine_tuning_adam_epsilon,
             "per_device_batch_size": self.fine_tuning_batch_size,
             "warmup_steps": self.fine_tuning_warmup_steps,
@@ -118,6 +119,7 @@ _TINYLM = BaseModelPreset(
     pretraining_batch_size=256,
     pretraining_learning_rate=1e-2,
     fine_tuning_steps=120,
+    fine_tuning_learning_rate=3e-2,
 )
 _LLM = BaseModelPreset(
     hidden_size=96,
@@ -131,6 +133,7 @@ _LLM = BaseModelPreset(
     pretraining_batch_size=256,
     pretraining_learning_rate=3e-3,
     fine_tuning_steps=80,
+    fine_tuning_learning_rate=6e-2,
 )
 
 PRESETS: dict[str, LabPreset] = {
@@ -138,9 +141,9 @@ PRESETS: dict[str, LabPreset] = {
     "quick": LabPreset(
         name="quick",
         tinylm=_TINYLM,
-        llm=_LLM,
+        llm=replace(_LLM, pretraining_batch_size=128),
         runs_per_task=7,
-        seen_clients=3,
+        seen_clients=6,
         small_clients=1,
         skewed_clients=1,
         mixture_clients=2,

@@ -47,9 +47,9 @@ def pretrain_base_models(world: LabWorld, output_dir: str | Path) -> tuple[Path,
     """Pretrain the world's TinyLM and LLM into `output_dir/tinylm` and `output_dir/llm`.
 
     Each folder holds model and tokenizer as `save_pretrained` writes them, and `base.json`: seed and maps of the
-    world, architecture, training arguments, final loss, and skill accuracy (exact match where both instructions are named).
-    A folder appears whole or not at all, and one that is there with the same facts is used again. The same seed gives
-    the same weights on the same machine, whatever the caller's random state.
+    world, architecture, training arguments, final loss, and skill accuracy (exact match where both instructions are
+    named). A folder appears whole or not at all, and one that is there with the same facts is used again. The same
+    seed gives the same weights on the same machine, whatever the caller's random state.
 
     Args:
         world ([`LabWorld`]): tasks and sizes.
@@ -59,7 +59,8 @@ def pretrain_base_models(world: LabWorld, output_dir: str | Path) -> tuple[Path,
         The paths of the TinyLM and of the LLM.
 
     Raises:
-        [`UsageError`]: a folder is there, but not one that this world and preset would write.
+        [`UsageError`]: a folder holds a base model of another world or preset.
+        [`IncompleteArtifactError`]: a folder is there, but without a manifest.
     """
     presets = ((TINYLM_NAME, world.preset.tinylm), (LLM_NAME, world.preset.llm))
     facts = [base_model_facts(world, name) for name, _ in presets]
@@ -81,11 +82,13 @@ def base_model_facts(world: LabWorld, name: str) -> dict[str, Any]:
         name (`str`): `"tinylm"` or `"llm"`.
     """
     preset = {TINYLM_NAME: world.preset.tinylm, LLM_NAME: world.preset.llm}[name]
-    facts = {
+    # How it is fine-tuned later says nothing about the base model.
+    arguments = {key: value for key, value in asdict(preset).items() if not key.startswith("fine_tuning")}
+    facts: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "name": name,
         "world": world.to_dict(),
-        "preset": asdict(preset),
+        "preset": arguments,
         "training": {
             "betas": list(_ADAM_BETAS),
             "weight_decay": _WEIGHT_DECAY,
@@ -94,8 +97,6 @@ def base_model_facts(world: LabWorld, name: str) -> dict[str, Any]:
             "unknown_probability": UNKNOWN_PROBABILITY,
         },
     }
-    # How long a fine-tune takes says nothing about the base model.
-    del facts["preset"]["fine_tuning_steps"]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return {**facts, "fingerprint": digest}
 

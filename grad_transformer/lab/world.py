@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Literal
 
 import numpy as np
@@ -201,7 +202,7 @@ class LabWorld:
         preset = self.preset
         rng = self._generator(_CLIENTS)
         shadow_names = [task.name for task in self.shadow_tasks]
-        order = [shadow_names[index] for index in rng.permutation(len(shadow_names))]
+        order = self._spread_over_permutations(rng)
         sorts = [
             *["seen"] * preset.seen_clients,
             *["small"] * preset.small_clients,
@@ -221,17 +222,30 @@ class LabWorld:
             clients.append(self._single_task_client("unseen", number, unseen[number % len(unseen)], number))
         return clients
 
+    def _spread_over_permutations(self, rng: np.random.Generator) -> list[str]:
+        """Names of all shadow tasks in random order, neighbours with different permutations.
+
+        A TinyLM fails at some permutations altogether, so a few clients stand for all only if they differ in them.
+        """
+        groups: dict[int, list[str]] = {}
+        for index in rng.permutation(len(self.shadow_tasks)):
+            task = self.shadow_tasks[index]
+            groups.setdefault(task.permutation_index, []).append(task.name)
+        return [name for turn in zip_longest(*groups.values()) for name in turn if name is not None]
+
     def _single_task_client(self, sort: str, number: int, task: str, stream: int) -> LabClient:
         count = self.preset.small_rows if sort == "small" else self.preset.rows_per_subset
         kind: Literal["seen", "unseen"] = "unseen" if sort == "unseen" else "seen"
         base = (_CLIENTS, ord(kind[0]), stream)
-        skew = {"skew": sort == "skewed", "skew_seed": base}
+        skew = sort == "skewed"
         return LabClient(
             id=f"{sort}-{number}",
             kind=kind,
             task=task,
-            train_rows=tuple(self.task_rows(task, count, seed=(*base, 0), split="private", **skew)),
-            test_rows=tuple(self.task_rows(task, self.preset.test_rows, seed=(*base, 1), split="test", **skew)),
+            train_rows=tuple(self.task_rows(task, count, seed=(*base, 0), split="private", skew=skew, skew_seed=base)),
+            test_rows=tuple(
+                self.task_rows(task, self.preset.test_rows, seed=(*base, 1), split="test", skew=skew, skew_seed=base)
+            ),
         )
 
     def _mixture_client(self, number: int, weights: Mapping[str, float]) -> LabClient:

@@ -3,8 +3,9 @@
     grad-transformer client --mapper acme/qwen2.5-3b-to-7b --data private.jsonl --output_dir bank-a
     grad-transformer client --mapper mapper --data private.jsonl --output_dir ceiling --role target
 
-Rows have a `prompt` and a `completion`. Root and recipe come with the mapper. An adapter can reveal rows it was trained
-on: sending only the adapter is no privacy guarantee. `--role target` fine-tunes the LLM in the same way, for comparison.
+Rows have a `prompt` and a `completion`. Root and recipe come with the mapper. An adapter can reveal rows it was
+trained on: sending only the adapter is no privacy guarantee. `--role target` fine-tunes the LLM in the same way, for
+comparison.
 """
 
 from __future__ import annotations

@@ -54,8 +54,6 @@ def train(
     dataset_dir: str | Path, mapper_args: MapperArguments, training_args: GradTransformerTrainingArguments
 ) -> dict[str, Any]:
     """Train on a delta dataset; writes the mapper, its held-out figures and its training log."""
-    import torch
-
     from ..adapters.io import write_json_atomic
     from ..evaluation.clients import score_heldout
     from ..evaluation.controls import fit_controls
@@ -81,18 +79,17 @@ def train(
         "heldout": {},
     }
     if heldout is not None:
-        pairs = {
-            name: tuple(torch.from_numpy(part) for part in deltas.arrays(name)[:2])
-            for name in ("train", "validation" if "validation" in deltas.splits else "test", "test")
-        }
+        train_pairs, test = deltas.pairs("train"), deltas.pairs("test")
+        validation = deltas.pairs("validation") if "validation" in deltas.splits else test
         predictors = fit_controls(
-            *pairs["train"],
-            validation=pairs.get("validation", pairs["test"]),
+            train_pairs.source,
+            train_pairs.target,
+            validation=(validation.source, validation.target),
             source_widths=deltas.source_layout.widths,
         )
         mean_Y = model.tokenizers()[1].mean_P
         assert mean_Y is not None
-        scores = score_heldout(heldout, predictors, *pairs["test"], mean_Y)
+        scores = score_heldout(heldout, predictors, test.source, test.target, mean_Y)
         controls = {f"r2_{name}": value for name, value in scores.controls.items()}
         data["heldout"] = {**heldout.to_dict(), **controls}
     if trainer.is_world_process_zero():

@@ -1,0 +1,161 @@
+"""Split public data into shadow subsets, freeze them in plan.json beside both roots, and show what they will cost.
+
+    grad-transformer plan --data public.jsonl --source_model Qwen/Qwen2.5-3B-Instruct \\
+        --target_model Qwen/Qwen2.5-7B-Instruct --num_runs 300 --rows_per_run 1024 --output_dir shadows
+    grad-transformer plan --config plan.yaml --dry_run
+
+Rows have a `prompt` and a `completion`, and a `task` for --strategy per_task. The root of each model, the adapter that
+all its runs start from, is drawn here once. Fine-tuning arguments hold for both models; those with `target_` are the
+LLM's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ._common import CommandParser, CommandResult
+
+
+@dataclass(frozen=True)
+class PlanArguments:
+    """Arguments of `grad-transformer plan`."""
+
+    data: str = field(
+        metadata={"help": "Public rows: a .jsonl, .json, .csv or .parquet file, a folder, a Hub dataset."}
+    )
+    source_model: str = field(metadata={"help": "TinyLM: folder or Hub repository of a causal language model."})
+    target_model: str = field(metadata={"help": "LLM: likewise."})
+    output_dir: str = field(metadata={"help": "Folder for plan, roots and, later, runs."})
+    data_split: str = field(default="train", metadata={"help": "Split of a dataset."})
+    data_revision: str | None = field(default=None, metadata={"help": "Revision of a dataset on the Hub."})
+    source_revision: str | None = field(default=None, metadata={"help": "Revision of the TinyLM."})
+    target_revision: str | None = field(default=None, metadata={"help": "Revision of the LLM."})
+    dry_run: bool = field(default=False, metadata={"help": "Show the plan, write nothing."})
+
+    # Subsets
+    num_runs: int = field(default=300, metadata={"help": "Number of shadow subsets (paper: 300)."})
+    rows_per_run: int = field(default=1024, metadata={"help": "Rows of each subset (paper: 1,024)."})
+    strategy: str = field(
+        default="mixed",
+        metadata={"help": "mixed: rows of all tasks; per_task: of one.", "choices": ["mixed", "per_task"]},
+    )
+    with_overlap: bool = field(default=True, metadata={"help": "Whether subsets may share rows."})
+    validation_fraction: float = field(default=0.05, metadata={"help": "Share of the runs for validation."})
+    test_fraction: float = field(default=0.05, metadata={"help": "Share of the runs held out to the end."})
+    seed: int = field(default=0, metadata={"help": "Seed of subsets, data orders and roots."})
+
+    # Adapters
+    lora_r: int = field(default=2, metadata={"help": "Rank (paper: 2)."})
+    lora_alpha: int = field(default=32, metadata={"help": "Alpha (paper: 32)."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA (TRL engine only; paper: 0.05)."})
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Modules to adapt; all-linear for all."}
+    )
+
+    # Fine-tuning
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
+    max_steps: int = field(default=200, metadata={"help": "Optimizer steps of a run."})
+    per_device_batch_size: int = field(default=16, metadata={"help": "Rows of a micro-batch."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Micro-batches of an optimizer step."})
+    adam_epsilon: float = field(
+        default=1e-8, metadata={"help": "AdamW's epsilon; a large one (0.1) makes deltas of one task agree."}
+    )
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping; 0 switches it off."})
+    warmup_steps: int = field(default=10, metadata={"help": "Warm-up of the learning rate."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Schedule of the learning rate."})
+    max_length: int = field(default=512, metadata={"help": "Tokens of a row."})
+    snapshot_last: int = field(default=1, metadata={"help": "Record the adapter after the last so many steps."})
+    snapshot_every: int | None = field(default=None, metadata={"help": "Also record it after every so many steps."})
+    target_learning_rate: float | None = field(default=None, metadata={"help": "The LLM's own learning rate."})
+    target_max_steps: int | None = field(default=None, metadata={"help": "The LLM's own number of steps."})
+
+
+def make_parser() -> CommandParser:
+    return CommandParser(PlanArguments, command="plan", description=__doc__)
+
+
+_RECIPE = (
+    "learning_rate",
+    "max_steps",
+    "per_device_batch_size",
+    "gradient_accumulation_steps",
+    "adam_epsilon",
+    "weight_decay",
+    "max_grad_norm",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "max_length",
+    "snapshot_last",
+    "snapshot_every",
+)
+
+
+def main(args: PlanArguments) -> CommandResult:
+    import tempfile
+    from pathlib import Path
+
+    from peft import LoraConfig
+
+    from ..adapters import create_root
+    from ..finetuning import FineTuningRecipe, load_rows
+    from ..shadow import plan_shadows
+    from ..shadow.run import root_folder
+
+    shared: dict[str, Any] = {name: getattr(args, name) for name in _RECIPE}
+    recipes = {"source": FineTuningRecipe(**shared), "target": FineTuningRecipe(**shared)}
+    own = {"learning_rate": args.target_learning_rate, "max_steps": args.target_max_steps}
+    recipes["target"] = recipes["target"].replace(**{name: value for name, value in own.items() if value is not None})
+    rows = load_rows(args.data, split=args.data_split, revision=args.data_revision)
+    modules: str | list[str] = "all-linear" if args.target_modules == ["all-linear"] else args.target_modules
+    models = {
+        "source": (args.source_model, args.source_revision),
+        "target": (args.target_model, args.target_revision),
+    }
+    with tempfile.TemporaryDirectory() as staging:
+        roots = {
+            role: create_root(
+                name,
+                LoraConfig(
+                    r=args.lora_r,
+                    lora_alpha=args.lora_alpha,
+                    lora_dropout=args.lora_dropout,
+                    target_modules=modules,
+                    task_type="CAUSAL_LM",
+                ),
+                output_dir=Path(staging) / role,
+                seed=args.seed,
+                revision=revision,
+            )
+            for role, (name, revision) in models.items()
+        }
+    plan = plan_shadows(
+        rows,
+        num_runs=args.num_runs,
+        rows_per_run=args.rows_per_run,
+        source_root=roots["source"],
+        target_root=roots["target"],
+        source_recipe=recipes["source"],
+        target_recipe=recipes["target"],
+        data={"path": args.data, "split": args.data_split, "revision": args.data_revision},
+        seed=args.seed,
+        strategy=args.strategy,  # type: ignore[arg-type]
+        with_overlap=args.with_overlap,
+        validation_fraction=args.validation_fraction,
+        test_fraction=args.test_fraction,
+    )
+    if not args.dry_run:
+        # First, so that another plan in the folder is refused before its roots are touched.
+        plan.save(args.output_dir)
+        for role, root in roots.items():
+            root.save_pretrained(root_folder(args.output_dir, role))
+    data = {
+        "output_dir": None if args.dry_run else args.output_dir,
+        "fingerprint": plan.fingerprint,
+        "num_runs": len(plan.runs),
+        "blocks": {role: root.layout.num_blocks for role, root in roots.items()},
+        "widths": {role: sorted(set(root.layout.widths)) for role, root in roots.items()},
+    }
+    end = "Nothing was written (--dry_run)." if args.dry_run else f"Next: grad-transformer shadow {args.output_dir}"
+    return CommandResult(data, f"{plan.describe()}\n{end}")

@@ -1,0 +1,77 @@
+"""Fine-tune both base models on every shadow subset of a plan; what is finished is kept, what is missing is done.
+
+    grad-transformer shadow shadows
+    grad-transformer shadow shadows --roles target --engine trl --dtype bfloat16 --gradient_checkpointing true
+
+The batched engine trains many adapters at once on one frozen base model; the TRL engine one after another. Both give
+the same deltas. At the end stands how well deltas of one task agree: the bound on what a mapper can learn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ._common import CommandParser, CommandResult, format_table
+
+
+@dataclass(frozen=True)
+class ShadowArguments:
+    """Arguments of `grad-transformer shadow`."""
+
+    plan_dir: str = field(metadata={"help": "Folder that `plan` wrote.", "positional": True})
+    roles: list[str] = field(
+        default_factory=lambda: ["source", "target"], metadata={"help": "source (TinyLM), target (LLM), or both."}
+    )
+    engine: str = field(default="batched", metadata={"help": "How to train.", "choices": ["batched", "trl"]})
+    adapters_per_batch: int = field(default=32, metadata={"help": "Adapters at once, for the batched engine."})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the frozen base models; auto: as they are stored."})
+    device: str | None = field(default=None, metadata={"help": "Device; default: the first GPU, or the CPU."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "TRL engine: recompute activations; slower, with less memory."}
+    )
+
+
+def make_parser() -> CommandParser:
+    return CommandParser(ShadowArguments, command="shadow", description=__doc__)
+
+
+def main(args: ShadowArguments) -> CommandResult:
+    from ..errors import UsageError
+    from ..shadow import run_shadows, shadow_summary
+
+    if not set(args.roles) <= {"source", "target"}:
+        raise UsageError("There is no such role.", expected="source, target", found=", ".join(args.roles))
+    options = {"gradient_checkpointing": True} if args.gradient_checkpointing else {}
+    done = run_shadows(
+        args.plan_dir,
+        roles=args.roles,
+        engine=args.engine,  # type: ignore[arg-type]
+        adapters_per_batch=args.adapters_per_batch,
+        dtype=args.dtype,
+        device=args.device,
+        **options,
+    )
+    summary = shadow_summary(args.plan_dir)
+    data = {
+        "plan_dir": args.plan_dir,
+        "runs_done_now": done,
+        "delta_reproducibility": {
+            role: None
+            if found is None
+            else {"leave_one_out_r2": found.leave_one_out_r2, "centred_cosine": found.centred_cosine}
+            for role, found in summary.items()
+        },
+    }
+    rows = [
+        [f"{name} deltas of one task", found.leave_one_out_r2, found.centred_cosine]
+        for name, found in (("TinyLM", summary["source"]), ("LLM", summary["target"]))
+        if found is not None
+    ]
+    table = (
+        format_table(["delta reproducibility", "leave-one-out R²", "centred cosine"], rows)
+        if rows
+        else ("Rows have no tasks: how well deltas of one task agree is not known.")
+    )
+    counts = ", ".join(f"{count} {role}" for role, count in done.items())
+    text = f"Runs done now: {counts}\n{table}\nNext: grad-transformer build {args.plan_dir} --output_dir deltas"
+    return CommandResult(data, text)

@@ -1,0 +1,287 @@
+"""The delta dataset: pairs of TinyLM and LLM deltas as Parquet that plain `datasets.load_dataset` reads."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tqdm.auto import tqdm
+
+from ..adapters import LoraLayout, Root
+from ..adapters.io import atomic_write, read_json, write_json_atomic, write_text_atomic
+from ..constants import DELTA_DATASET_NAME, FORMAT_VERSION, PLAN_NAME
+from ..errors import DeltaDatasetError
+from .plan import ROLES, SPLITS, ShadowPlan
+from .records import missing_runs, read_run
+from .run import load_plan_root, root_folder
+
+
+# A viewer reads whole row groups; so does streaming.
+_ROW_GROUP_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class DeltaPairs:
+    """All pairs of a split: raw deltas `(N, numel)` float32, shadow run and task of each pair."""
+
+    source: torch.Tensor
+    target: torch.Tensor
+    shadow_ids: list[str]
+    tasks: list[str | None]
+
+
+@dataclass(frozen=True)
+class DeltaDataset:
+    """A loaded delta dataset.
+
+    Args:
+        splits (`dict[str, datasets.Dataset]`): `train`, and `validation` and `test` where runs were held out; columns
+            `shadow_id`, `task`, `step`, `source_blocks`, `target_blocks`.
+        manifest (`dict`): `delta_dataset.json`.
+        folder (`Path`): where it lies.
+    """
+
+    splits: dict[str, datasets.Dataset]
+    manifest: dict[str, Any]
+    folder: Path
+
+    @cached_property
+    def source_root(self) -> Root:
+        return Root.from_pretrained(root_folder(self.folder, "source"))
+
+    @cached_property
+    def target_root(self) -> Root:
+        return Root.from_pretrained(root_folder(self.folder, "target"))
+
+    @property
+    def source_layout(self) -> LoraLayout:
+        return self.source_root.layout
+
+    @property
+    def target_layout(self) -> LoraLayout:
+        return self.target_root.layout
+
+    def pairs(self, split: str) -> DeltaPairs:
+        """All pairs of a split as tensors, straight from the Arrow buffers."""
+        rows = self.splits[split]
+        return DeltaPairs(
+            source=_column(rows, "source_blocks"),
+            target=_column(rows, "target_blocks"),
+            shadow_ids=list(rows["shadow_id"]),
+            tasks=list(rows["task"]),
+        )
+
+
+def build_delta_dataset(
+    plan_dir: str | Path, output_dir: str | Path, *, allow_missing: bool = False
+) -> dict[str, Any]:
+    """Turn finished runs into a delta dataset; repeatable, and never more than one run in memory.
+
+    Snapshot i of the TinyLM's run is paired with snapshot i of the LLM's. A delta is adapter minus root, float32,
+    flattened in the layout's order: blocks can be read off with the widths in the manifest.
+
+    Args:
+        plan_dir (`str` or `Path`): folder of a plan and its runs.
+        output_dir (`str` or `Path`): receives `data/*.parquet`, both roots, the plan, a card, and the manifest
+            `delta_dataset.json`, which comes last.
+        allow_missing (`bool`, *optional*, defaults to `False`): leave unfinished runs out instead of refusing.
+
+    Returns:
+        the manifest.
+
+    Raises:
+        [`DeltaDatasetError`]: runs are missing, or belong to another plan.
+    """
+    plan = ShadowPlan.load(plan_dir)
+    missing = {run_id for role in ROLES for run_id in missing_runs(plan, plan_dir, role)}
+    finished = [run for run in plan.runs if run.shadow_id not in missing]
+    if (missing and not allow_missing) or not any(run.split == "train" for run in finished):
+        raise DeltaDatasetError(
+            "Shadow runs are missing.",
+            path=plan_dir,
+            expected=f"{len(plan.runs)} finished runs of both models",
+            found=f"{len(finished)}, without {sorted(missing)[0]}",
+            remedy="run `grad-transformer shadow` again: it does what is missing; or allow missing runs",
+        )
+    folder = Path(output_dir)
+    (folder / DELTA_DATASET_NAME).unlink(missing_ok=True)
+    roots = {role: load_plan_root(plan, plan_dir, role) for role in ROLES}
+    for role in ROLES:
+        roots[role].save_pretrained(root_folder(folder, role))
+    shutil.copyfile(Path(plan_dir) / PLAN_NAME, folder / PLAN_NAME)
+    features = datasets.Features(
+        {
+            "shadow_id": datasets.Value("string"),
+            "task": datasets.Value("string"),
+            "step": datasets.Value("int32"),
+            "source_blocks": datasets.List(datasets.Value("float32"), length=roots["source"].layout.numel),
+            "target_blocks": datasets.List(datasets.Value("float32"), length=roots["target"].layout.numel),
+        }
+    )
+    counts, files = {}, {}
+    with tqdm(total=len(finished), desc="build", unit="run") as bar:
+        for split in SPLITS:
+            runs = [run for run in finished if run.split == split]
+            path = folder / "data" / f"{split}-00000-of-00001.parquet"
+            path.unlink(missing_ok=True)
+            if not runs:
+                continue
+            counts[split] = {"runs": len(runs), "pairs": 0}
+            with atomic_write(path) as temporary, pq.ParquetWriter(temporary, features.arrow_schema) as writer:
+                pending = 0
+                tables: list[pa.Table] = []
+                for run in runs:
+                    table = _run_table(plan, plan_dir, run.shadow_id, roots, features)
+                    counts[split]["pairs"] += len(table)
+                    tables.append(table)
+                    pending += table.nbytes
+                    if pending >= _ROW_GROUP_BYTES:
+                        _write_group(writer, tables)
+                        pending, tables = 0, []
+                    bar.update()
+                if tables:
+                    _write_group(writer, tables)
+            files[str(path.relative_to(folder))] = _sha256(path)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "plan_fingerprint": plan.fingerprint,
+        "roots": {role: roots[role].facts() for role in ROLES},
+        "recipes": {role: plan.side(role).recipe.to_dict() for role in ROLES},
+        "layouts": {role: roots[role].layout.to_dict() for role in ROLES},
+        "data": plan.data,
+        "splits": counts,
+        "missing_runs": sorted(missing),
+        "files": files,
+    }
+    write_text_atomic(folder / "README.md", _card(manifest))
+    write_json_atomic(folder / DELTA_DATASET_NAME, manifest)
+    return manifest
+
+
+def load_delta_dataset(path: str | Path) -> DeltaDataset:
+    """Load a delta dataset from a folder.
+
+    Raises:
+        [`IncompleteArtifactError`]: there is no manifest: the build was not finished.
+        [`DeltaDatasetError`]: a file is missing or changed, or a shadow run is in two splits.
+        [`FormatVersionError`]: written by a newer version.
+    """
+    folder = Path(path)
+    manifest = read_json(folder / DELTA_DATASET_NAME)
+    for name, digest in manifest["files"].items():
+        found = _sha256(folder / name) if (folder / name).is_file() else "no file"
+        if found != digest:
+            raise DeltaDatasetError(
+                "A file of the delta dataset is missing or was changed.",
+                path=folder / name,
+                expected=f"SHA-256 {digest}",
+                found=found,
+                remedy="build or download the dataset again",
+            )
+    data_files = {split: str(folder / "data" / f"{split}-*.parquet") for split in manifest["splits"]}
+    splits = datasets.load_dataset("parquet", data_files=data_files)
+    seen: dict[str, str] = {}
+    for split, rows in splits.items():
+        for shadow_id in set(rows["shadow_id"]):
+            if seen.setdefault(shadow_id, split) != split:
+                raise DeltaDatasetError(
+                    "A shadow run is in two splits, so held-out figures would lie.",
+                    path=folder,
+                    expected="splits by shadow run",
+                    found=f"{shadow_id} in {seen[shadow_id]} and {split}",
+                )
+    return DeltaDataset(dict(splits), manifest, folder)
+
+
+def _run_table(
+    plan: ShadowPlan, plan_dir: str | Path, shadow_id: str, roots: dict[str, Root], features: datasets.Features
+) -> pa.Table:
+    """The pairs of one run."""
+    run = plan.run(shadow_id)
+    columns, steps = {}, []
+    for role in ROLES:
+        root = roots[role]
+        record = read_run(plan, plan_dir, role, shadow_id, layout=root.layout)
+        deltas_KP = root.layout.flatten(record.snapshots, dtype=torch.float64) - root.adapter.flat(dtype=torch.float64)
+        values = pa.array(deltas_KP.to(torch.float32).reshape(-1).numpy())
+        columns[f"{role}_blocks"] = pa.FixedSizeListArray.from_arrays(values, root.layout.numel)
+        steps.append(record.steps)
+    if len(steps[0]) != len(steps[1]):
+        raise DeltaDatasetError(
+            "TinyLM and LLM have different numbers of snapshots.",
+            path=plan_dir,
+            expected=f"{len(steps[0])} for {shadow_id}",
+            found=len(steps[1]),
+        )
+    columns = {
+        "shadow_id": pa.array([shadow_id] * len(steps[0])),
+        "task": pa.array([run.task] * len(steps[0]), pa.string()),
+        # The LLM's step: with equal recipes the TinyLM's too.
+        "step": pa.array(steps[1], pa.int32()),
+        **columns,
+    }
+    return pa.table(columns).cast(features.arrow_schema)
+
+
+def _write_group(writer: pq.ParquetWriter, tables: list[pa.Table]) -> None:
+    table = pa.concat_tables(tables)
+    writer.write_table(table, row_group_size=len(table))
+
+
+def _column(rows: datasets.Dataset, name: str) -> torch.Tensor:
+    """A column of fixed-size lists as `(N, length)`, without a Python object for each row."""
+    column = rows.with_format("arrow")[:][name].combine_chunks()
+    values = column.flatten().to_numpy(zero_copy_only=False)
+    return torch.from_numpy(np.array(values, dtype=np.float32).reshape(len(rows), -1))
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _card(manifest: dict[str, Any]) -> str:
+    """A card with what `datasets` and the Hub's viewer need, and the facts of the manifest."""
+    splits = "\n".join(f"      - split: {split}\n        path: data/{split}-*.parquet" for split in manifest["splits"])
+    counts = ", ".join(
+        f"{name}: {count['runs']} runs, {count['pairs']} pairs" for name, count in manifest["splits"].items()
+    )
+    source, target = (manifest["roots"][role]["base_model"] for role in ROLES)
+    names = [str(name).rstrip("/").rsplit("/", 1)[-1] for name in (source, target)]
+    return f"""---
+library_name: grad_transformer
+tags:
+  - grad_transformer
+  - lora
+configs:
+  - config_name: default
+    data_files:
+{splits}
+---
+
+# Deltas of {names[0]} and {names[1]}
+
+Pairs of LoRA deltas (adapter minus root) of two language models fine-tuned on the same subsets of public data.
+{counts}. Splits are by shadow run: no run is on both sides.
+
+Each row: `shadow_id`, `task`, `step`, and `source_blocks` and `target_blocks`, flattened in the order and with the
+widths that `layouts` in `{DELTA_DATASET_NAME}` gives. Both roots lie beside the data.
+
+```python
+from datasets import load_dataset
+
+pairs = load_dataset("path/or/repository")
+```
+"""

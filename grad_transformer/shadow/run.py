@@ -1,0 +1,197 @@
+"""Running a shadow plan: what is missing is fine-tuned, what is finished is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..adapters import Root
+from ..adapters.statistics import DeltaReproducibility, delta_reproducibility
+from ..errors import IncompleteArtifactError, UsageError
+from ..finetuning import FineTuningRecipe, SftResult, attach_root, load_base, load_rows, run_sft, tokenize_rows
+from .batched import FineTuneJob, run_batched
+from .plan import ROLES, ShadowPlan
+from .records import missing_runs, read_run, write_run
+
+
+logger = logging.get_logger(__name__)
+
+Engine = Literal["trl", "batched"]
+
+# Below this, deltas of one task agree so little that there is hardly anything to learn.
+LITTLE_TO_LEARN = 0.1
+
+
+def root_folder(plan_dir: str | Path, role: str) -> Path:
+    """Where the root of a model lies beside its plan."""
+    return Path(plan_dir) / f"{role}_root"
+
+
+def load_plan_root(plan: ShadowPlan, plan_dir: str | Path, role: str) -> Root:
+    """The root beside the plan, checked to be the plan's.
+
+    Raises:
+        [`IncompleteArtifactError`]: it is missing, or another one.
+    """
+    root = Root.from_pretrained(root_folder(plan_dir, role))
+    expected = plan.side(role).root["fingerprint"]
+    if root.fingerprint != expected:
+        raise IncompleteArtifactError(
+            "The root beside the plan is not the plan's.",
+            path=root_folder(plan_dir, role),
+            expected=f"fingerprint {expected}",
+            found=root.fingerprint,
+            remedy="restore the folder that `grad-transformer plan` wrote",
+        )
+    return root
+
+
+def run_shadows(
+    plan_dir: str | Path,
+    *,
+    roles: Sequence[str] = ROLES,
+    engine: Engine = "batched",
+    adapters_per_batch: int = 32,
+    rows: datasets.Dataset | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    **sft_config: Any,
+) -> dict[str, int]:
+    """Fine-tune the models of a plan on every subset that has no finished run.
+
+    Each finished run is one file, whole or absent, so a killed process loses the runs in progress and no other.
+
+    Args:
+        plan_dir (`str` or `Path`): folder with `plan.json` and both roots; receives `runs/`.
+        roles (`Sequence[str]`, *optional*): `"source"` (TinyLM), `"target"` (LLM), by default both in turn.
+        engine (`str`, *optional*, defaults to `"batched"`): `"batched"` trains many adapters at once, `"trl"` one after
+            another with `SFTTrainer`; both give the same deltas.
+        adapters_per_batch (`int`, *optional*, defaults to 32): how many at once.
+        rows (`datasets.Dataset`, *optional*): the public data; default: loaded from where the plan says.
+        dtype, device: see [`load_base`].
+        sft_config: for the TRL engine, other fields of `SFTConfig`, for instance `gradient_checkpointing=True`.
+
+    Returns:
+        `dict[str, int]`: for each role how many runs were done now.
+
+    Raises:
+        [`PlanError`]: the data are not the plan's.
+        [`BaseModelMismatchError`]: a base model is not the one that its root was made for.
+        [`RecipeError`]: the engine cannot do what the recipe asks for, or a run diverged.
+    """
+    plan = ShadowPlan.load(plan_dir)
+    missing = {role: missing_runs(plan, plan_dir, role) for role in roles}
+    if any(missing.values()):
+        if rows is None:
+            data = plan.data
+            rows = load_rows(data["path"], split=data.get("split") or "train", revision=data.get("revision"))
+        plan.check_rows(rows)
+    for role, ids in missing.items():
+        if not ids or rows is None:
+            logger.info(f"All {len(plan.runs)} {role} runs are finished.")
+            continue
+        root, recipe = load_plan_root(plan, plan_dir, role), plan.side(role).recipe
+        model, tokenizer = load_base(root.base_model, revision=root.base_revision, dtype=dtype, device=device)
+        tokens = tokenize_rows(rows, tokenizer, recipe.max_length)
+        jobs = (
+            FineTuneJob(tokens.select(plan.run(shadow_id).row_indices), plan.run(shadow_id).seed, shadow_id)
+            for shadow_id in ids
+        )
+        with tqdm(total=len(plan.runs), initial=len(plan.runs) - len(ids), desc=f"{role} runs", unit="run") as bar:
+            results = fine_tune_many(
+                model,
+                tokenizer,
+                root,
+                jobs,
+                recipe,
+                engine=engine,
+                adapters_per_batch=adapters_per_batch,
+                on_progress=bar.set_postfix_str,
+                **sft_config,
+            )
+            for shadow_id, result in zip(ids, results, strict=True):
+                write_run(plan, plan_dir, role, shadow_id, result, engine=engine)
+                bar.update()
+    return {role: len(ids) for role, ids in missing.items()}
+
+
+def fine_tune_many(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    root: Root,
+    jobs: Iterator[FineTuneJob] | Sequence[FineTuneJob],
+    recipe: FineTuningRecipe,
+    *,
+    engine: Engine = "batched",
+    adapters_per_batch: int = 32,
+    on_progress: Callable[[str], Any] | None = None,
+    **sft_config: Any,
+) -> Iterator[SftResult]:
+    """Fine-tune one adapter for each job and yield the results in order, each as soon as it is there.
+
+    Args:
+        model, tokenizer: the base model as [`load_base`] gives it.
+        root ([`Root`]): where all start.
+        jobs: the rows and seed of each.
+        recipe ([`FineTuningRecipe`]).
+        engine, adapters_per_batch, sft_config: see [`run_shadows`].
+        on_progress (`Callable[[str], Any]`, *optional*): gets a few words while a batch of adapters trains.
+    """
+    if engine == "trl":
+        peft_model = attach_root(model, root)
+        for job in jobs:
+            yield run_sft(
+                peft_model, tokenizer, job.rows, recipe, root=root, seed=job.seed, name=job.name, **sft_config
+            )
+        return
+    if engine != "batched" or adapters_per_batch < 1:
+        raise UsageError(
+            "There is no such engine.",
+            expected="engine trl or batched, adapters_per_batch of at least 1",
+            found=f"engine={engine!r}, adapters_per_batch={adapters_per_batch}",
+        )
+
+    def progress(step: int, loss: float) -> None:
+        if on_progress is not None and (step % 10 == 0 or step == recipe.max_steps):
+            on_progress(f"step {step}/{recipe.max_steps}, loss {loss:.3f}")
+
+    iterator = iter(jobs)
+    while batch := list(islice(iterator, adapters_per_batch)):
+        yield from run_batched(model, tokenizer, root, batch, recipe, progress=progress)
+
+
+def shadow_summary(plan_dir: str | Path) -> dict[str, DeltaReproducibility | None]:
+    """How well deltas of one task agree, for each model; the last snapshot of every finished training run counts.
+
+    This bounds what any mapper can learn, so look at it before training one. None where tasks are unknown, or no task
+    has two finished runs.
+    """
+    plan = ShadowPlan.load(plan_dir)
+    summary: dict[str, DeltaReproducibility | None] = {}
+    for role in ROLES:
+        layout = load_plan_root(plan, plan_dir, role).layout
+        missing = set(missing_runs(plan, plan_dir, role))
+        finished = [run for run in plan.runs if run.shadow_id not in missing and run.task is not None]
+        counts: Mapping[str | None, int] = {run.task: sum(r.task == run.task for r in finished) for run in finished}
+        summary[role] = None
+        if any(count > 1 for count in counts.values()):
+            records = (read_run(plan, plan_dir, role, run.shadow_id, layout=layout) for run in finished)
+            deltas_NP = torch.stack(
+                [layout.flatten({key: values[-1] for key, values in record.snapshots.items()}) for record in records]
+            )
+            summary[role] = delta_reproducibility(deltas_NP, [run.task for run in finished])
+    target = summary["target"]
+    if target is not None and target.leave_one_out_r2 is not None and target.leave_one_out_r2 < LITTLE_TO_LEARN:
+        logger.warning(
+            f"LLM deltas of one task hardly agree (leave-one-out R² {target.leave_one_out_r2:.3f}): there is little to "
+            "learn. A larger adam_epsilon, more rows or more steps make them agree."
+        )
+    return summary
