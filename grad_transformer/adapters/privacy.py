@@ -20,7 +20,8 @@ _NOT_COVERED = (
     "Choices made by looking at the private rows before or between runs: trying several learning rates, clipping "
     "norms, numbers of steps or models and keeping the best spends budget that is not counted here.",
     "Other releases from the same rows: each further adapter, score or statistic adds its own epsilon and delta.",
-    "Several examples of one person: the unit is one row. Someone with k rows has at most k times epsilon.",
+    "Several examples of one person: the unit is one row. Someone with k rows has k times epsilon, "
+    "and a larger delta.",
     "The number of rows: batch size and sampling rate reveal it.",
     "What public data or the base model already reveal, and what is true of a group whether or not a row is used.",
     "Attacks on floating-point arithmetic or on the machine: noise comes from an ordinary generator, seeded by the "
