@@ -1,6 +1,6 @@
 """Feed broken, hostile and random adapters to the reader: only typed errors may come out, in bounded time and memory.
 
-    python benchmarks/fuzz_adapters.py --inputs 20000 --output fuzz.json
+    python -m benchmarks.fuzz_adapters --inputs 20000 --output fuzz.json
 
 Each input is a valid adapter folder with one to four mutations: bytes of any of its files, values of its config,
 metadata or safetensors header, or files replaced by links, folders and pipes. It is read as `generate` reads it (with

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
 from opacus.accountants import PRVAccountant, RDPAccountant
 from opacus.grad_sample import GradSampleHooks, GradSampleHooksFastGradientClipping
@@ -204,9 +205,11 @@ def noise_multiplier_for(
     def spent(name: AccountantName, noise: float) -> float:
         return epsilon_of([(noise, sample_rate, steps)], delta, name)
 
-    # Rényi's accountant is quick, and its noise is near PRV's.
-    noise = _least_noise(partial(spent, "rdp"), epsilon, 1.0)
-    return noise if accountant == "rdp" else _least_noise(partial(spent, "prv"), epsilon, noise)
+    if accountant == "rdp":
+        return _least_noise(partial(spent, "rdp"), epsilon, 1.0)
+    # A start of the right size: what noise of standard deviation s costs is about rate * sqrt(steps) / s.
+    rough = 4 * sample_rate * math.sqrt(steps * math.log(1.25 / delta)) / epsilon
+    return _least_noise(partial(spent, "prv"), epsilon, max(0.5, min(rough, 1e4)))
 
 
 def _least_noise(spent: Callable[[float], float], epsilon: float, start: float) -> float:
@@ -242,7 +245,10 @@ def _measured(name: str, history: History, delta: float, **arguments: float) -> 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Opacus warns when the best Rényi order is the first or last of its list: the bound holds, and is looser."""
-    with warnings.catch_warnings():
+    """Opacus warns when the best Rényi order is the first or last of its list: the bound holds, and is looser.
+
+    At a sample rate of 1 its PRV takes the logarithm of 0, as it should.
+    """
+    with warnings.catch_warnings(), np.errstate(divide="ignore", over="ignore"):
         warnings.filterwarnings("ignore", message="Optimal order is the", category=UserWarning)
         yield
