@@ -7,8 +7,8 @@
 - `one task each`: every client has a seen task of its own, and is scored on it.
 - `mixtures`: every client has a Dirichlet(1) mixture of the same three seen tasks; scored on its own mixture.
 
-Jointly: the mean of all deltas, mapped once. Jointly, mapped first: the mean of the mapped deltas. Singly: each
-client's own adapter. Ceiling: the LLM fine-tuned on the client's own rows. Scores are exact match, the mean over clients.
+Jointly: the mean of all deltas, mapped once. Jointly, mapped first: the mean of mapped deltas. Singly: each client's
+own adapter. Ceiling: the LLM fine-tuned on the client's own rows. Scores are exact match, the mean over clients.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ are equally accurate, so the root is shipped and checked, never drawn again from
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,7 +180,8 @@ def create_root(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            peft_model = get_peft_model(model, lora_config)
+            # A copy: peft writes the base model's name into the config that it is given.
+            peft_model = get_peft_model(model, copy.deepcopy(lora_config))
         except ValueError as cause:
             raise UsageError(
                 "The LoRA config does not fit the base model.",

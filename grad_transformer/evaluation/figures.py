@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from ..adapters.io import atomic_write
 from ..adapters.statistics import BlockAgreement
-from .records import KINDS, ClientReport, HeldoutScores, Report
+from .records import KINDS, ClientReport, HeldoutScores, Report, pooled_pgr
 
 
 PGR_FIGURE = "pgr_by_client.png"
@@ -147,18 +147,16 @@ def _label_kinds(axes: Axes, clients: Sequence[ClientReport]) -> None:
 def _pgr_title(clients: Sequence[ClientReport]) -> str:
     parts = []
     for kind in KINDS:
-        values = [client.pgr for client in clients if client.kind == kind and client.pgr is not None]
-        if values:
-            count = sum(client.kind == kind for client in clients)
-            some = f" ({len(values)} of {count})" if len(values) < count else ""
-            parts.append(f"{kind} {median(values):.0f} %{some}")
+        pgr = pooled_pgr([client for client in clients if client.kind == kind])
+        if pgr is not None:
+            parts.append(f"{kind} {pgr:.0f} %")
     if not parts:
-        return "No client has a gap that a PGR could be taken over"
-    return "Of the gap between TinyLM and LLM the generated adapter recovers (median)\n" + ", ".join(parts)
+        return "No kind of client has a gap that a PGR could be taken over"
+    return "Of the gap between TinyLM and LLM the generated adapter recovers, on average\n" + ", ".join(parts)
 
 
 def draw_accuracy(clients: Sequence[ClientReport]) -> Figure:
-    """Bars by kind of client: median scores of the references, the generated adapter and the controls."""
+    """Bars by kind of client: mean scores of the references, the generated adapter and the controls."""
     kinds = [kind for kind in KINDS if any(client.kind == kind for client in clients)]
     names = ["tinylm", "generated", "llm_finetuned", *_CONTROL_ORDER, "llm_base"]
     figure = Figure(figsize=(max(6.4, 1.2 + 3.1 * len(kinds)), 4.6), layout="constrained")
@@ -172,13 +170,13 @@ def draw_accuracy(clients: Sequence[ClientReport]) -> Figure:
             if not values:
                 axes.text(position, 0.012, "–", ha="center", fontsize=7)
                 continue
-            height = median(values)
+            height = fmean(values)
             axes.bar(position, height, width * 0.92, color=colour, label=label if group == 0 else None, zorder=2)
             # At the foot of a bar, away from most dots; a bar too low for that has its label above.
             foot = 0.02 if height > 0.1 else max(values) + 0.015
             box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.0}
             axes.text(position, foot, f"{height:.2f}", ha="center", fontsize=6.5, bbox=box, zorder=3)
-            # One dot per client: a median alone would hide how far they spread.
+            # One dot per client: a mean alone would hide how far they spread.
             spread = position + ((np.arange(len(values)) + 0.5) / len(values) - 0.5) * 0.6 * width
             axes.scatter(spread, values, s=5, color="white", edgecolors="#333333", linewidths=0.5, zorder=4)
     counts = [sum(client.kind == kind for client in clients) for kind in kinds]
@@ -187,7 +185,7 @@ def draw_accuracy(clients: Sequence[ClientReport]) -> Figure:
     axes.set_xlim(-0.55, len(kinds) - 0.45)
     axes.set_ylim(0, 1.09)
     axes.set_yticks(np.linspace(0, 1, 6))
-    axes.set_ylabel("score (bar: median, dot: client)")
+    axes.set_ylabel("score (bar: mean, dot: client)")
     axes.grid(axis="y", color="#EEEEEE", zorder=0)
     _legend_below(figure, axes, columns=3 if len(kinds) < 3 else 5)
     axes.set_title(_accuracy_title(clients, kinds), fontsize=11, loc="left")
@@ -197,7 +195,7 @@ def draw_accuracy(clients: Sequence[ClientReport]) -> Figure:
 def _accuracy_title(clients: Sequence[ClientReport], kinds: Sequence[str]) -> str:
     parts = []
     for kind in kinds:
-        generated, tinylm = (median(_scores(clients, kind, name)) for name in ("generated", "tinylm"))
+        generated, tinylm = (fmean(_scores(clients, kind, name)) for name in ("generated", "tinylm"))
         points = 100 * (generated - tinylm)
         parts.append(f"{abs(points):.0f} points {'above' if points >= 0 else 'below'} ({kind})")
     return "Generated adapter against the fine-tuned TinyLM:\n" + ", ".join(parts)

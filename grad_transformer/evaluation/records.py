@@ -132,6 +132,18 @@ class ClientReport:
         return performance_gap_recovered(score, self.tinylm, self.llm_finetuned)
 
 
+def pooled_pgr(clients: Sequence[ClientReport]) -> float | None:
+    """PGR of the mean scores of the clients that have a ceiling; `None` without any, or where the gap is too small."""
+    known = [client for client in clients if client.llm_finetuned is not None]
+    if not known:
+        return None
+    generated, tinylm, llm = (
+        float(np.mean([getattr(client, name) for client in known]))
+        for name in ("generated", "tinylm", "llm_finetuned")
+    )
+    return performance_gap_recovered(generated, tinylm, llm)
+
+
 @dataclass(frozen=True)
 class Report:
     """One run, from shadow runs to scored clients. `to_dict` is what `report.json` holds.

@@ -24,6 +24,8 @@ from ..errors import DeltaDatasetError, IncompleteArtifactError, UsageError
 SHIFT_NAME = "shift.json"
 SHIFT_TENSORS_NAME = "shift.safetensors"
 
+# Fewer training runs say nothing of what lies between them.
+MINIMUM_SHADOWS = 4
 ENERGY = 0.95
 MAX_DIRECTIONS = 64
 QUANTILE = 0.95
@@ -93,10 +95,10 @@ class ShiftReference:
         Raises:
             [`DeltaDatasetError`]: too few runs, or deltas that do not vary.
         """
-        if len(train_NX) < 4 or len(heldout_MX) < 1 or train_NX.shape[1:] != heldout_MX.shape[1:]:
+        if len(train_NX) < MINIMUM_SHADOWS or len(heldout_MX) < 1 or train_NX.shape[1:] != heldout_MX.shape[1:]:
             raise DeltaDatasetError(
                 "A shift cannot be measured with so few shadow runs.",
-                expected="at least 4 training and 1 held-out delta of one size",
+                expected=f"at least {MINIMUM_SHADOWS} training and 1 held-out delta of one size",
                 found=f"{tuple(train_NX.shape)}, {tuple(heldout_MX.shape)}",
             )
         mean_X = train_NX.double().mean(dim=0)

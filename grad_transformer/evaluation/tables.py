@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from statistics import median
+from statistics import fmean
 
-from .records import KINDS, ClientReport, HeldoutScores, Report
+from .records import KINDS, ClientReport, HeldoutScores, Report, pooled_pgr
 
 
 _LABELS = {
@@ -52,13 +52,13 @@ def headline(heldout: HeldoutScores) -> list[str]:
 
 
 def summary_table(report: Report) -> str:
-    """Plain text for the terminal: the headline, and medians by kind of client."""
+    """Plain text for the terminal: the headline, and means by kind of client."""
     header = ["clients", "n", *_LABELS.values(), "PGR %"]
     rows = [_kind_row(kind, clients) for kind, clients in _by_kind(report.clients)]
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = headline(report.heldout)
     if rows:
-        lines += ["", "Median scores by kind of client:"]
+        lines += ["", "Mean scores by kind of client, and the PGR of these means:"]
         for row in [header, *rows]:
             cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
             lines.append("  ".join(cells).rstrip())
@@ -94,7 +94,8 @@ _CLIENT_NOTES = (
     "Scores from 0 to 1 on each client's test rows; *ft*: fine-tuned on the client's own rows; *nearest*, *ridge*, "
     "*mean*, *other client*, *random*: the LLM with the delta of that control; *LLM base*: without any. PGR in "
     "percent, its interval a bootstrap over test rows; no PGR where the fine-tuned LLM is less than 3 points above "
-    "the fine-tuned TinyLM (*gap too small*)."
+    "the fine-tuned TinyLM (*gap too small*). The PGR of a kind is that of its mean scores: every client counts, also "
+    "those whose own gap is too small."
 )
 
 
@@ -102,10 +103,10 @@ def limits(report: Report) -> list[str]:
     """What the numbers do not show, one sentence each."""
     sentences = []
     for kind, clients in _by_kind(report.clients):
-        generated = median(client.generated for client in clients)
-        tinylm = median(client.tinylm for client in clients)
+        generated = fmean(client.generated for client in clients)
+        tinylm = fmean(client.tinylm for client in clients)
         names = (("nearest_shadow", "retrieval (the nearest shadow)"), ("ridge", "ridge regression"))
-        rivals = [(value, label) for name, label in names if (value := _median(clients, name)) is not None]
+        rivals = [(value, label) for name, label in names if (value := _mean(clients, name)) is not None]
         if rivals:
             value, label = max(rivals)
             against = f"on {kind} clients {label} reaches {value:.2f} and the mapper {generated:.2f}"
@@ -141,8 +142,8 @@ def _client_table(grouped: Iterable[tuple[str, list[ClientReport]]]) -> str:
         for client in clients:
             scores = [_number(_score(client, name)) for name in _LABELS]
             lines.append(_row([client.id, kind, str(client.n_test), *scores, _pgr(client)]))
-        medians = _kind_row(kind, clients)
-        lines.append(_row([f"**median of {medians[1]}**", f"**{kind}**", "", *(f"**{c}**" for c in medians[2:])]))
+        means = _kind_row(kind, clients)
+        lines.append(_row([f"**mean of {means[1]}**", f"**{kind}**", "", *(f"**{c}**" for c in means[2:])]))
     return "\n".join(lines)
 
 
@@ -160,12 +161,10 @@ def _nll_table(grouped: Iterable[tuple[str, list[ClientReport]]]) -> str | None:
 
 
 def _kind_row(kind: str, clients: Sequence[ClientReport]) -> list[str]:
-    pgr = [client.pgr for client in clients if client.pgr is not None]
-    gaps = any(client.gap_too_small for client in clients)
-    cell = f"{median(pgr):.0f}" if pgr else "gap too small" if gaps else "-"
-    if pgr and len(pgr) < len(clients):
-        cell += f" (of {len(pgr)})"
-    return [kind, str(len(clients)), *(_number(_median(clients, name)) for name in _LABELS), cell]
+    pgr = pooled_pgr(clients)
+    known = any(client.llm_finetuned is not None for client in clients)
+    cell = f"{pgr:.0f}" if pgr is not None else "gap too small" if known else "-"
+    return [kind, str(len(clients)), *(_number(_mean(clients, name)) for name in _LABELS), cell]
 
 
 def _by_kind(clients: Sequence[ClientReport]) -> list[tuple[str, list[ClientReport]]]:
@@ -177,9 +176,9 @@ def _score(client: ClientReport, name: str) -> float | None:
     return client.controls[name] if name in client.controls else getattr(client, name)
 
 
-def _median(clients: Sequence[ClientReport], name: str) -> float | None:
+def _mean(clients: Sequence[ClientReport], name: str) -> float | None:
     values = [value for client in clients if (value := _score(client, name)) is not None]
-    return median(values) if values else None
+    return fmean(values) if values else None
 
 
 def _pgr(client: ClientReport) -> str:

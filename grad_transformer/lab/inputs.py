@@ -45,7 +45,7 @@ def draw_digits(
     buckets = [bucket for split in splits for bucket in _SPLIT_BUCKETS[split]]
     powers = 10 ** np.arange(NUM_DIGITS - 1, -1, -1)
     found = np.empty(0, dtype=np.int64)
-    for _ in range(20):
+    for _ in range(10):
         if len(found) >= count:
             return found[:count, None] // powers % 10
         size = int((count - len(found)) * 12 / len(buckets)) + 16

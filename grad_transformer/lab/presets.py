@@ -142,7 +142,7 @@ PRESETS: dict[str, LabPreset] = {
         name="quick",
         tinylm=_TINYLM,
         llm=replace(_LLM, pretraining_batch_size=128),
-        runs_per_task=7,
+        runs_per_task=5,
         seen_clients=6,
         small_clients=1,
         skewed_clients=1,

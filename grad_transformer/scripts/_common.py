@@ -51,6 +51,7 @@ import math
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -325,7 +326,10 @@ def command_logging() -> Iterator[None]:
     handler.setFormatter(_MessageFormatter())
     logger.addHandler(handler)
     try:
-        yield
+        with warnings.catch_warnings():
+            # What peft, TRL and transformers warn each other of is not the user's to mend.
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\.")
+            yield
     finally:
         logger.removeHandler(handler)
         logger.level, logger.propagate = before[0], before[1]

@@ -15,22 +15,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from peft import LoraConfig
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..adapters import LoraAdapter, create_root
+from ..adapters.io import read_json, write_json_atomic, write_text_atomic
+from ..client import finetune_client
 from ..constants import ADAPTER_CONFIG_NAME, FORMAT_VERSION
 from ..errors import UsageError
+from ..evaluation.clients import ClientCase
+from ..evaluation.records import Report
+from ..evaluation.report import summary_table
+from ..finetuning import FineTuningRecipe, check_rows, load_base, load_rows
+from ..lab import LabClient, LabWorld, pretrain_base_models
+from ..modeling_grad_transformer import GradTransformer
+from ..shadow import FineTuneJob, build_delta_dataset, fine_tune_many, load_delta_dataset, plan_shadows, run_shadows
+from ..shadow.run import root_folder
+from ..tokenization_lora_delta import LoraDeltaTokenizer
+from ..training import GradTransformerTrainingArguments, MapperArguments
 from ._common import CommandParser, CommandResult
-
-
-if TYPE_CHECKING:
-    from ..evaluation.clients import ClientCase
-    from ..evaluation.records import Report
-    from ..lab import LabClient, LabWorld
-    from ..modeling_grad_transformer import GradTransformer
-    from ..tokenization_lora_delta import LoraDeltaTokenizer
+from .evaluate import make_report, make_scorer
+from .train import HELDOUT_NAME, TRAINING_LOG_NAME, train
 
 
 logger = logging.get_logger(__name__)
@@ -56,9 +63,8 @@ def make_parser() -> CommandParser:
 
 
 def main(args: DemoArguments) -> CommandResult:
-    from ..evaluation.report import summary_table
-    from ..lab import LabWorld
-
+    # Models of a moment's loading; the demo's own bars say what is going on.
+    logging.disable_progress_bar()
     demo = Demo(LabWorld(args.seed, args.preset), Path(args.output_dir))
     report = demo.run()
     text = (
@@ -84,8 +90,6 @@ class Demo:
 
     def run(self) -> Report:
         """All stages in turn; returns the report."""
-        from ..shadow import build_delta_dataset, run_shadows
-
         self._claim_folder()
         with self._stage("base_models"):
             tinylm, llm = self._base_models()
@@ -112,8 +116,6 @@ class Demo:
 
     def _claim_folder(self) -> None:
         """Refuse a folder of another demo: its parts must not be mixed."""
-        from ..adapters.io import read_json
-
         path = self.folder / STATE_NAME
         mine = {"preset": self.world.preset.name, "seed": self.world.seed}
         if path.is_file():
@@ -131,25 +133,14 @@ class Demo:
         self._save_state()
 
     def _save_state(self) -> None:
-        from ..adapters.io import write_json_atomic
-
         state = {"format_version": FORMAT_VERSION, "preset": self.world.preset.name, "seed": self.world.seed}
         write_json_atomic(self.folder / STATE_NAME, {**state, "seconds": self.seconds})
 
     def _base_models(self) -> tuple[Path, Path]:
-        from ..lab import pretrain_base_models
-
         return pretrain_base_models(self.world, self.folder / "base_models")
 
     def _plan(self, tinylm: Path, llm: Path) -> Path:
         """Public rows, both roots, and the plan of the shadow runs."""
-        from peft import LoraConfig
-
-        from ..adapters import create_root
-        from ..finetuning import FineTuningRecipe, load_rows
-        from ..shadow import plan_shadows
-        from ..shadow.run import root_folder
-
         preset, plan_dir = self.world.preset, self.folder / "shadows"
         public = self.folder / "public.jsonl"
         if not public.is_file():
@@ -183,10 +174,6 @@ class Demo:
         return plan_dir
 
     def _train(self) -> GradTransformer:
-        from ..modeling_grad_transformer import GradTransformer
-        from ..training import GradTransformerTrainingArguments, MapperArguments
-        from .train import HELDOUT_NAME, train
-
         preset, folder = self.world.preset, self.folder / "mapper"
         if not (folder / HELDOUT_NAME).is_file():
             every = max(preset.mapper_steps // 12, 1)
@@ -213,10 +200,6 @@ class Demo:
 
     def _clients(self, mapper: GradTransformer) -> list[ClientCase]:
         """Every client's TinyLM adapter with TRL, and, as the ceiling, the LLM fine-tuned on the client's rows."""
-        from ..adapters import LoraAdapter
-        from ..client import finetune_client
-        from ..evaluation.clients import ClientCase
-
         clients = self.world.clients()
         source, target = mapper.tokenizers()
         for client in tqdm(clients, desc="clients' TinyLMs", unit="client"):
@@ -242,9 +225,6 @@ class Demo:
         ]
 
     def _ceilings(self, target: LoraDeltaTokenizer, clients: Sequence[LabClient]) -> None:
-        from ..finetuning import FineTuningRecipe, check_rows, load_base
-        from ..shadow import FineTuneJob, fine_tune_many
-
         missing = [
             client
             for client in clients
@@ -264,11 +244,6 @@ class Demo:
                 bar.update()
 
     def _report(self, mapper: GradTransformer, cases: list[ClientCase]) -> Report:
-        from ..adapters.io import read_json
-        from ..shadow import load_delta_dataset
-        from .evaluate import make_report, make_scorer
-        from .train import TRAINING_LOG_NAME
-
         scorers = [make_scorer(mapper, role, None, 256) for role in ("source", "target")]
         report, adapters = make_report(
             mapper,
@@ -291,6 +266,4 @@ class Demo:
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     """Rows as JSON lines."""
-    from ..adapters.io import write_text_atomic
-
     write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -17,24 +17,25 @@ The delta dataset is the one that the mapper was trained on: mean shadow, neares
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
+from ..adapters import LoraAdapter
+from ..adapters.statistics import block_cosine_and_norm, delta_reproducibility
 from ..errors import UsageError
+from ..evaluation.clients import AdapterScorer, ClientCase, evaluate_clients, score_heldout
+from ..evaluation.controls import fit_controls
+from ..evaluation.records import Report
+from ..evaluation.report import build_report, summary_table, write_report
+from ..finetuning import attach_root, load_base, load_rows
+from ..modeling_grad_transformer import GradTransformer
+from ..shadow import DeltaDataset, load_delta_dataset
+from ..training import evaluate_heldout
 from ._common import CommandParser, CommandResult
-
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from ..adapters import LoraAdapter
-    from ..evaluation.clients import AdapterScorer, ClientCase
-    from ..evaluation.records import Report
-    from ..modeling_grad_transformer import GradTransformer
-    from ..shadow import DeltaDataset
 
 
 _REQUIRED, _OPTIONAL = {"id", "adapter", "test_data"}, {"llm_adapter", "kind", "task"}
@@ -61,10 +62,6 @@ def make_parser() -> CommandParser:
 
 
 def main(args: EvaluateArguments) -> CommandResult:
-    from ..evaluation.report import summary_table
-    from ..modeling_grad_transformer import GradTransformer
-    from ..shadow import load_delta_dataset
-
     entries = read_clients(args.clients)
     mapper = GradTransformer.from_pretrained(args.mapper)
     deltas = load_delta_dataset(args.dataset)
@@ -113,9 +110,6 @@ def make_scorer(
     device: str | None = None,
 ) -> AdapterScorer:
     """One of the mapper's two base models, with its root attached, ready to score adapters."""
-    from ..evaluation.clients import AdapterScorer
-    from ..finetuning import attach_root, load_base
-
     root = mapper.tokenizers()[role == "target"].root
     model, tokenizer = load_base(
         base_model or root.base_model, revision=None if base_model else root.base_revision, dtype=dtype, device=device
@@ -140,12 +134,6 @@ def make_report(
 
     `wall_seconds` holds the stages before; this one is added as `evaluate`. Returns the generated adapters too.
     """
-    from ..adapters.statistics import block_cosine_and_norm, delta_reproducibility
-    from ..evaluation.clients import evaluate_clients, score_heldout
-    from ..evaluation.controls import fit_controls
-    from ..evaluation.report import build_report, write_report
-    from ..training import evaluate_heldout
-
     started = time.perf_counter()
     train, test = deltas.pairs("train"), deltas.pairs("test")
     validation = deltas.pairs("validation") if "validation" in deltas.splits else test
@@ -189,10 +177,6 @@ def make_report(
 
 
 def _case(entry: Mapping[str, Any], mapper: GradTransformer) -> ClientCase:
-    from ..adapters import LoraAdapter
-    from ..evaluation.clients import ClientCase
-    from ..finetuning import load_rows
-
     source, target = mapper.tokenizers()
     task = str(entry.get("task") or "")
     ceiling = entry.get("llm_adapter")

@@ -14,6 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..adapters.io import write_json_atomic
+from ..evaluation.clients import score_heldout
+from ..evaluation.controls import fit_controls
+from ..evaluation.shift import MINIMUM_SHADOWS, ShiftReference
+from ..shadow import load_delta_dataset
+from ..training import build_mapper, train_mapper
 from ..training.arguments import GradTransformerTrainingArguments, MapperArguments
 from ._common import CommandParser, CommandResult, format_table
 
@@ -54,15 +62,6 @@ def train(
     dataset_dir: str | Path, mapper_args: MapperArguments, training_args: GradTransformerTrainingArguments
 ) -> dict[str, Any]:
     """Train on a delta dataset; writes the mapper, its held-out figures and its training log."""
-    import torch
-
-    from ..adapters.io import write_json_atomic
-    from ..evaluation.clients import score_heldout
-    from ..evaluation.controls import fit_controls
-    from ..evaluation.shift import ShiftReference
-    from ..shadow import load_delta_dataset
-    from ..training import build_mapper, train_mapper
-
     deltas = load_delta_dataset(dataset_dir)
     recipes = deltas.manifest["recipes"]
     model = build_mapper(
@@ -95,7 +94,7 @@ def train(
         scores = score_heldout(heldout, predictors, test.source, test.target, mean_Y)
         controls = {f"r2_{name}": value for name, value in scores.controls.items()}
         data["heldout"] = {**heldout.to_dict(), **controls}
-        if trainer.is_world_process_zero():
+        if trainer.is_world_process_zero() and len(train_pairs.source) >= MINIMUM_SHADOWS:
             unseen_runs = torch.cat([deltas.pairs(name).source for name in deltas.splits if name != "train"])
             shift = ShiftReference.fit(train_pairs.source, unseen_runs, widths=deltas.source_layout.widths)
             shift.save_pretrained(training_args.output_dir)

@@ -1,8 +1,8 @@
 """Many fine-tunes at once on one frozen base model, each as TRL would run it alone.
 
-A small base model leaves a processor mostly idle. Here K adapters share every forward pass (see `stacked.py`). The loss
-is the sum of the adapters' own token means, so each adapter's gradient is that of its own fine-tune; clipping is per
-adapter, AdamW is elementwise, and each adapter reads its own rows in its own order.
+A small base model leaves a processor mostly idle. Here K adapters share every forward pass (see `stacked.py`). The
+loss is the sum of the adapters' own token means, so each adapter's gradient is that of its own fine-tune; clipping is
+per adapter, AdamW is elementwise, and each adapter reads its own rows in its own order.
 
 Shape legend: K adapters, P values of an adapter, B rows of one micro-batch, T tokens, M tokens with a label.
 """

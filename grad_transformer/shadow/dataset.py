@@ -136,7 +136,10 @@ def build_delta_dataset(
             if not runs:
                 continue
             counts[split] = {"runs": len(runs), "pairs": 0}
-            with atomic_write(path) as temporary, pq.ParquetWriter(temporary, features.arrow_schema) as writer:
+            with (
+                atomic_write(path) as temporary,
+                pq.ParquetWriter(temporary, features.arrow_schema, use_dictionary=["shadow_id", "task"]) as writer,
+            ):
                 pending = 0
                 tables: list[pa.Table] = []
                 for run in runs:

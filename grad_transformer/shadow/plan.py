@@ -1,6 +1,6 @@
 """The shadow plan: which subsets of the public data are fine-tuned, from which roots, by which recipes.
 
-Planning is pure and frozen: `plan.json`, with both roots beside it, is all that the runs need, and they only execute it.
+Planning is pure and frozen: `plan.json`, with both roots beside it, is all that the runs need; they only execute it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import datasets
 import numpy as np
+from transformers.utils import logging
 
 from ..adapters import Root
 from ..adapters.io import read_json, write_json_atomic
@@ -22,6 +23,8 @@ from ..constants import FORMAT_VERSION, PLAN_NAME, SOURCE_FOLDER, TARGET_FOLDER
 from ..errors import PlanError
 from ..finetuning import FineTuningRecipe
 
+
+logger = logging.get_logger(__name__)
 
 Strategy = Literal["per_task", "mixed"]
 SPLITS = ("train", "validation", "test")
@@ -120,7 +123,8 @@ class ShadowPlan:
             size = 4 * side.numel * len(side.recipe.snapshot_steps()) * len(self.runs)
             lines.append(
                 f"{name:<7}{side.root['base_model']}: {side.recipe.max_steps * len(self.runs):,} optimizer steps, "
-                f"{examples:,} rows read, {size / 2**20:,.1f} MiB of run files"
+                f"{examples:,} rows read (at most {examples * side.recipe.max_length:,} tokens), "
+                f"{size / 2**20:,.1f} MiB of run files"
             )
         return "\n".join(lines)
 
@@ -237,6 +241,8 @@ def plan_shadows(
     while len(labels) < num_runs:
         labels.extend(generator.permutation(np.array(list(pools), dtype=object)).tolist())
     labels = labels[:num_runs]
+    if num_runs < len(pools):
+        logger.warning(f"{num_runs} runs are too few for {len(pools)} tasks: {len(pools) - num_runs} have none.")
     subsets = _draw(pools, labels, rows_per_run, with_overlap, generator)
     num_test = round(num_runs * test_fraction) or int(test_fraction > 0 and num_runs > 2)
     num_validation = round(num_runs * validation_fraction) or int(validation_fraction > 0 and num_runs > 2)

@@ -72,8 +72,8 @@ def run_shadows(
     Args:
         plan_dir (`str` or `Path`): folder with `plan.json` and both roots; receives `runs/`.
         roles (`Sequence[str]`, *optional*): `"source"` (TinyLM), `"target"` (LLM), by default both in turn.
-        engine (`str`, *optional*, defaults to `"batched"`): `"batched"` trains many adapters at once, `"trl"` one after
-            another with `SFTTrainer`; both give the same deltas.
+        engine (`str`, *optional*, defaults to `"batched"`): `"batched"` trains many adapters at once, `"trl"` one
+            after another with `SFTTrainer`; both give the same deltas.
         adapters_per_batch (`int`, *optional*, defaults to 32): how many at once.
         rows (`datasets.Dataset`, *optional*): the public data; default: loaded from where the plan says.
         dtype, device: see [`load_base`].
@@ -87,6 +87,7 @@ def run_shadows(
         [`BaseModelMismatchError`]: a base model is not the one that its root was made for.
         [`RecipeError`]: the engine cannot do what the recipe asks for, or a run diverged.
     """
+    _check_engine(engine, adapters_per_batch)
     plan = ShadowPlan.load(plan_dir)
     missing = {role: missing_runs(plan, plan_dir, role) for role in roles}
     if any(missing.values()):
@@ -145,19 +146,17 @@ def fine_tune_many(
         engine, adapters_per_batch, sft_config: see [`run_shadows`].
         on_progress (`Callable[[str], Any]`, *optional*): gets a few words while a batch of adapters trains.
     """
+    _check_engine(engine, adapters_per_batch)
     if engine == "trl":
         peft_model = attach_root(model, root)
-        for job in jobs:
-            yield run_sft(
-                peft_model, tokenizer, job.rows, recipe, root=root, seed=job.seed, name=job.name, **sft_config
-            )
+        try:
+            for job in jobs:
+                yield run_sft(
+                    peft_model, tokenizer, job.rows, recipe, root=root, seed=job.seed, name=job.name, **sft_config
+                )
+        finally:
+            peft_model.unload()
         return
-    if engine != "batched" or adapters_per_batch < 1:
-        raise UsageError(
-            "There is no such engine.",
-            expected="engine trl or batched, adapters_per_batch of at least 1",
-            found=f"engine={engine!r}, adapters_per_batch={adapters_per_batch}",
-        )
 
     def progress(step: int, loss: float) -> None:
         if on_progress is not None and (step % 10 == 0 or step == recipe.max_steps):
@@ -166,6 +165,15 @@ def fine_tune_many(
     iterator = iter(jobs)
     while batch := list(islice(iterator, adapters_per_batch)):
         yield from run_batched(model, tokenizer, root, batch, recipe, progress=progress)
+
+
+def _check_engine(engine: str, adapters_per_batch: int) -> None:
+    if engine not in ("trl", "batched") or adapters_per_batch < 1:
+        raise UsageError(
+            "There is no such engine.",
+            expected="engine trl or batched, adapters_per_batch of at least 1",
+            found=f"engine={engine!r}, adapters_per_batch={adapters_per_batch}",
+        )
 
 
 def shadow_summary(plan_dir: str | Path) -> dict[str, DeltaReproducibility | None]:
@@ -191,7 +199,7 @@ def shadow_summary(plan_dir: str | Path) -> dict[str, DeltaReproducibility | Non
     target = summary["target"]
     if target is not None and target.leave_one_out_r2 is not None and target.leave_one_out_r2 < LITTLE_TO_LEARN:
         logger.warning(
-            f"LLM deltas of one task hardly agree (leave-one-out R² {target.leave_one_out_r2:.3f}): there is little to "
-            "learn. A larger adam_epsilon, more rows or more steps make them agree."
+            f"LLM deltas of one task hardly agree (leave-one-out R² {target.leave_one_out_r2:.3f}): there is little "
+            "to learn. A larger adam_epsilon, more rows or more steps make them agree."
         )
     return summary

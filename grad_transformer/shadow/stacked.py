@@ -102,7 +102,7 @@ class _StackedLora(torch.autograd.Function):
     """x W' + bias + scaling · x A' B', with A and B of K adapters; W is frozen and gets no gradient."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: torch.Tensor,
         weight_OI: torch.Tensor,

@@ -221,12 +221,12 @@ def test_the_verdict_follows_from_the_numbers(scores: HeldoutScores, words: str)
     assert f"**{verdict}**" in markdown(report(heldout=scores))
 
 
-def test_the_summary_gives_medians_by_kind() -> None:
+def test_the_summary_gives_means_by_kind() -> None:
     clients = [client(f"c{generated}", generated=generated) for generated in (14, 20, 16)]
     lines = summary_table(report(clients=[*clients, client("m", "mixture", llm=10)])).splitlines()
     assert "86 % of its ceiling 0.700" in lines[1]
     seen = next(line for line in lines if line.startswith("seen")).split()
-    assert seen == ["seen", "3", "0.500", "0.800", "1.000", "0.850", "0.800", "0.000", "0.050", "0.000", "0.000", "60"]
+    assert seen == ["seen", "3", "0.500", "0.833", "1.000", "0.850", "0.800", "0.000", "0.050", "0.000", "0.000", "67"]
     assert next(line for line in lines if line.startswith("mixture")).endswith("gap too small")
 
 

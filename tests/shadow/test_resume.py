@@ -22,7 +22,8 @@ from grad_transformer.shadow import ShadowPlan, missing_runs, plan_shadows, run_
 from tests.worlds import lora, tiny_qwen2
 
 
-NUM_RUNS = 40
+# Enough that the process is killed before it ends, few enough to finish them soon.
+NUM_RUNS = {"trl": 8, "batched": 40}
 SCRIPT = """
 import sys
 from grad_transformer.shadow import run_shadows
@@ -31,8 +32,7 @@ run_shadows(sys.argv[1], roles=["source"], engine=sys.argv[2], adapters_per_batc
 """
 
 
-@pytest.fixture
-def plan_dir(tmp_path: Path) -> Path:
+def make_plan(tmp_path: Path, num_runs: int) -> Path:
     base = tiny_qwen2(tmp_path / "base")
     make_lab_tokenizer().save_pretrained(base)
     rows = "".join(f'{{"prompt": "?1 ?2 {row:04d} >", "completion": "{9999 - row:04d}"}}\n' for row in range(60))
@@ -42,7 +42,7 @@ def plan_dir(tmp_path: Path) -> Path:
     recipe = FineTuningRecipe(learning_rate=1e-2, max_steps=8, per_device_batch_size=4, warmup_steps=1, max_length=16)
     plan_shadows(
         load_rows(tmp_path / "public.jsonl"),
-        num_runs=NUM_RUNS,
+        num_runs=num_runs,
         rows_per_run=8,
         source_root=roots[0],
         target_root=roots[1],
@@ -61,8 +61,10 @@ def finished(plan_dir: Path) -> dict[str, tuple[int, str]]:
     }
 
 
-@pytest.mark.parametrize("engine", ["trl", "batched"])
-def test_killed_and_started_again(plan_dir: Path, engine: str) -> None:
+@pytest.mark.parametrize("engine", NUM_RUNS)
+def test_killed_and_started_again(tmp_path: Path, engine: str) -> None:
+    num_runs = NUM_RUNS[engine]
+    plan_dir = make_plan(tmp_path, num_runs)
     plan = ShadowPlan.load(plan_dir)
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(plan_dir), engine],
@@ -78,12 +80,12 @@ def test_killed_and_started_again(plan_dir: Path, engine: str) -> None:
 
     before = finished(plan_dir)
     missing = missing_runs(plan, plan_dir, "source")
-    assert 3 <= len(before) < NUM_RUNS
-    assert len(missing) == NUM_RUNS - len(before)
+    assert 3 <= len(before) < num_runs
+    assert len(missing) == num_runs - len(before)
     done = run_shadows(plan_dir, roles=["source"], engine=engine, adapters_per_batch=2)  # type: ignore[arg-type]
     assert done == {"source": len(missing)}
     after = finished(plan_dir)
-    assert len(after) == NUM_RUNS
+    assert len(after) == num_runs
     assert {name: after[name] for name in before} == before
 
     # A run done after the restart is what it would have been without it.

@@ -87,6 +87,7 @@ def arguments(output_dir, **overrides):
         "save_steps": 40,
         "disable_tqdm": True,
         "use_cpu": True,
+        "mixup_alpha": 0.0,
         "seed": 0,
     }
     return GradTransformerTrainingArguments(output_dir=str(output_dir), **{**settings, **overrides})

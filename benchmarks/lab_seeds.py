@@ -1,0 +1,80 @@
+"""The demo over several worlds: means by kind of client in each, and the median over the worlds.
+
+    python benchmarks/lab_seeds.py --output_dir lab_seeds --preset full --seeds 0 1 2
+
+Finished worlds are used again. This is the table of the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean, median
+
+from grad_transformer.evaluation.records import CONTROLS, ClientReport, Report, pooled_pgr
+from grad_transformer.evaluation.report import read_report
+
+
+SCORES = ("tinylm", "generated", "llm_finetuned", "llm_base")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("lab_seeds"))
+    parser.add_argument("--preset", default="full", choices=["quick", "full"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    args = parser.parse_args()
+    reports = []
+    for seed in args.seeds:
+        folder = args.output_dir / f"seed-{seed}"
+        if not (folder / "report.json").is_file():
+            command = ["demo", "--output_dir", str(folder), "--preset", args.preset, "--seed", str(seed)]
+            subprocess.run([sys.executable, "-m", "grad_transformer.cli", *command], check=True, stdout=sys.stderr)
+        reports.append(read_report(folder))
+    print(table(reports))
+
+
+def table(reports: list[Report]) -> str:
+    """Markdown: held-out figures and wall time by world, then scores and PGR by kind."""
+    columns = [str(report.seed) for report in reports]
+    lines = [f"| held-out runs | {' | '.join(f'seed {name}' for name in columns)} | median |"]
+    lines.append(f"|---|{'---:|' * (len(columns) + 1)}")
+    figures = {
+        "R²": [report.heldout.r2 for report in reports],
+        "its ceiling": [report.heldout.r2_ceiling for report in reports],
+        "with permuted inputs": [report.heldout.r2_permuted_inputs for report in reports],
+        "ridge": [report.heldout.controls["ridge"] for report in reports],
+        "nearest shadow": [report.heldout.controls["nearest_shadow"] for report in reports],
+        "delta reproducibility, LLM": [report.delta_reproducibility["llm"] for report in reports],
+        "wall time, s": [sum(report.wall_seconds.values()) for report in reports],
+    }
+    lines += [_line(name, values) for name, values in figures.items()]
+    for kind in ("seen", "mixture", "unseen"):
+        groups = [[client for client in report.clients if client.kind == kind] for report in reports]
+        lines += ["", f"| {kind}: mean of {len(groups[0])} clients | {' | '.join(columns)} | median |"]
+        lines.append(f"|---|{'---:|' * (len(columns) + 1)}")
+        lines += [_line(name, [_mean(group, name) for group in groups]) for name in (*SCORES, *CONTROLS)]
+        lines.append(_line("PGR, %", [pooled_pgr(group) for group in groups]))
+    return "\n".join(lines)
+
+
+def _mean(clients: list[ClientReport], name: str) -> float | None:
+    values = [client.controls[name] if name in CONTROLS else getattr(client, name) for client in clients]
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _line(name: str, values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    cells = ["-" if value is None else _number(value) for value in [*values, median(known) if known else None]]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+if __name__ == "__main__":
+    main()
