@@ -23,12 +23,15 @@ from .adapters import LoraAdapter, LoraLayout, Root
 from .adapters.io import read_json, resolve_folder, save_tensors_atomic, write_json_atomic
 from .adapters.roots import ROOT_FILES
 from .constants import FORMAT_VERSION, ROOT_FOLDER, TOKENIZER_NAME, TOKENIZER_STATISTICS_NAME
-from .errors import IncompleteArtifactError, LayoutMismatchError, UsageError
+from .errors import AdapterFormatError, IncompleteArtifactError, LayoutMismatchError, UsageError
 
 
 Adapters = str | Path | LoraAdapter | Sequence[str | Path | LoraAdapter]
 Role = Literal["source", "target"]
 Scale = Literal["none", "global", "block"]
+
+# A delta that is so many times longer than the usual one is refused unread by the mapper.
+MAXIMUM_NORM_RATIO = 30.0
 
 TOKENIZER_FILES = (
     TOKENIZER_NAME,
@@ -177,6 +180,14 @@ class LoraDeltaTokenizer(PushToHubMixin):
         return self._delta(adapter, **hub_kwargs).float()
 
     def _delta(self, adapter: str | Path | LoraAdapter, **hub_kwargs: Any) -> torch.Tensor:
+        return self._checked(adapter, **hub_kwargs)[1]
+
+    def read_client(self, adapter: str | Path | LoraAdapter, **hub_kwargs: Any) -> tuple[LoraAdapter, torch.Tensor]:
+        """A client's adapter, checked as in [`~LoraDeltaTokenizer.delta`], and its delta, float32 `(numel,)`."""
+        checked, delta_P = self._checked(adapter, **hub_kwargs)
+        return checked, delta_P.float()
+
+    def _checked(self, adapter: str | Path | LoraAdapter, **hub_kwargs: Any) -> tuple[LoraAdapter, torch.Tensor]:
         path = None if isinstance(adapter, LoraAdapter) else str(adapter)
         if isinstance(adapter, LoraAdapter):
             shapes = {key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()}
@@ -185,7 +196,28 @@ class LoraDeltaTokenizer(PushToHubMixin):
             adapter = LoraAdapter.from_pretrained(adapter, layout=self.layout, **hub_kwargs)
         adapter.check_base_model(self.root.base_model, path=path)
         self.root.check_descends(adapter, path=path)
-        return adapter.flat(dtype=torch.float64) - self._root_P
+        delta_P = adapter.flat(dtype=torch.float64) - self._root_P
+        self._check_norm(delta_P, path)
+        return adapter, delta_P
+
+    def _check_norm(self, delta_P: torch.Tensor, path: str | None) -> None:
+        """Refuse a delta far longer than any that training showed; NaN and infinity fail every comparison."""
+        usual = float(self._root_P.norm())
+        if self.scale_L is not None and self.scale != "none":
+            widths_L = torch.tensor(self.layout.widths, dtype=torch.float64)
+            square = float((self.scale_L.double().square() * widths_L).sum())
+            if self.center and self.mean_P is not None:
+                square += float(self.mean_P.double().square().sum())
+            usual = square**0.5
+        norm, limit = float(delta_P.norm()), MAXIMUM_NORM_RATIO * usual
+        if not norm <= limit:
+            raise AdapterFormatError(
+                "The adapter is absurdly far from its root.",
+                path=path,
+                expected=f"a delta of norm up to {limit:.4g}, {MAXIMUM_NORM_RATIO:g} times the usual one",
+                found=f"norm {norm:.4g}",
+                remedy="the fine-tune diverged, or the adapter was scaled: fine-tune again with the mapper's recipe",
+            )
 
     def encode(
         self, adapter: str | Path | LoraAdapter, *, dtype: torch.dtype = torch.float32, **hub_kwargs: Any

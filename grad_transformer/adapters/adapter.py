@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +15,16 @@ from huggingface_hub import HfApi
 
 from ..constants import ADAPTER_CONFIG_NAME, ADAPTER_METADATA_NAME, ADAPTER_WEIGHTS_NAME
 from ..errors import AdapterFormatError, BaseModelMismatchError
-from .io import read_header, read_json, read_tensors, resolve_folder, save_tensors_atomic, write_json_atomic
+from .io import (
+    MAX_ADAPTER_JSON_BYTES,
+    member,
+    read_header,
+    read_json,
+    read_tensors,
+    resolve_folder,
+    save_tensors_atomic,
+    write_json_atomic,
+)
 from .layout import LoraLayout
 
 
@@ -47,10 +58,13 @@ class LoraAdapter:
     ) -> LoraAdapter:
         """Read an adapter from a folder or a Hub repository, its config and header before any tensor.
 
+        A stranger's adapter may be read: nothing in it is executed, imported or looked up. The base model that it
+        names is compared, never loaded; no pickle is opened; files have size limits and must lie in the folder.
+
         Args:
             name_or_path (`str` or `Path`): PEFT adapter folder, or repository id.
             layout ([`LoraLayout`], *optional*): the layout that the adapter must have. Without it the layout is read
-                off the adapter's own config, which means trusting the patterns in it.
+                off the adapter's own config, whose rank and alpha patterns must be simple ones.
             subfolder (`str`, *optional*): folder below `name_or_path`.
             hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
 
@@ -59,10 +73,10 @@ class LoraAdapter:
             [`LayoutMismatchError`]: not the given layout.
         """
         folder = resolve_folder(name_or_path, allow_patterns=ADAPTER_FILES, subfolder=subfolder, **hub_kwargs)
-        config = read_json(folder / ADAPTER_CONFIG_NAME, error=AdapterFormatError)
-        weights = folder / ADAPTER_WEIGHTS_NAME
+        config = _read_adapter_json(folder, ADAPTER_CONFIG_NAME)
+        weights = member(folder, ADAPTER_WEIGHTS_NAME)
         if not weights.is_file():
-            pickles = sorted(path.name for path in folder.glob("*.bin"))
+            pickles = [path.name for path in itertools.islice(folder.glob("*.bin"), 3)]
             raise AdapterFormatError(
                 "The adapter's weights are not stored as safetensors.",
                 path=folder,
@@ -81,14 +95,15 @@ class LoraAdapter:
             layout = LoraLayout.from_adapter_config(config, shapes, path=str(folder))
         else:
             layout.check_config(config, shapes, path=str(folder))
-        metadata_path = folder / ADAPTER_METADATA_NAME
-        metadata = read_json(metadata_path, error=AdapterFormatError) if metadata_path.is_file() else {}
+        has_metadata = os.path.lexists(folder / ADAPTER_METADATA_NAME)
+        metadata = _read_adapter_json(folder, ADAPTER_METADATA_NAME) if has_metadata else {}
         return cls(config, read_tensors(weights, list(shapes)), layout, metadata)
 
     @property
     def base_model(self) -> str | None:
         """`base_model_name_or_path` of the adapter's config."""
-        return self.config.get("base_model_name_or_path")
+        name = self.config.get("base_model_name_or_path")
+        return None if name is None else str(name)
 
     def check_base_model(self, expected: str | None, *, path: str | None = None) -> None:
         """Refuse an adapter of another base model; local copies of one model may have different parent folders.
@@ -154,6 +169,11 @@ class LoraAdapter:
                 allow_patterns=list(ADAPTER_FILES),
             )
         return str(commit.commit_url)
+
+
+def _read_adapter_json(folder: Path, name: str) -> dict[str, Any]:
+    path = member(folder, name)
+    return read_json(path, error=AdapterFormatError, max_bytes=MAX_ADAPTER_JSON_BYTES)
 
 
 def _last_part(name_or_path: str) -> str:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +23,14 @@ from safetensors.torch import save_file
 
 from ..constants import FORMAT_VERSION
 from ..errors import AdapterFormatError, FormatVersionError, GradTransformerError, IncompleteArtifactError, UsageError
+from .header import HeaderError, TensorInfo, parse_header
 
 
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_JSON_BYTES = 64 * 2**20
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-}
-_FLOATING = ("F64", "F32", "F16", "BF16")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a safetensors header says of one tensor."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+# What strangers may send: an adapter's config and metadata, and its tensors.
+MAX_ADAPTER_JSON_BYTES = 2**20
+MAX_TENSOR_FILE_BYTES = 64 * 2**30
 
 
 @contextmanager
@@ -85,23 +72,33 @@ def save_tensors_atomic(
         )
 
 
-def read_json(path: str | Path, *, error: type[GradTransformerError] = IncompleteArtifactError) -> dict[str, Any]:
-    """Read a JSON object.
+def read_json(
+    path: str | Path,
+    *,
+    error: type[GradTransformerError] = IncompleteArtifactError,
+    max_bytes: int = MAX_JSON_BYTES,
+) -> dict[str, Any]:
+    """Read a JSON object: strict JSON, in which NaN and Infinity are no numbers.
+
+    Args:
+        path (`str` or `Path`): the file.
+        error (`type`, *optional*): what is raised.
+        max_bytes (`int`, *optional*, defaults to 64 MiB): larger files are not read.
 
     Raises:
-        `error`: the file is missing, too large, not JSON, or not an object.
+        `error`: the file is missing, no ordinary file, too large, not JSON, or not an object.
         [`FormatVersionError`]: it carries a `format_version` newer than this library's.
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise error("The file is too large.", path=path, expected=f"at most {MAX_JSON_BYTES} bytes", found=size)
-        data = json.loads(path.read_text(encoding="utf-8"))
+        check_size(path, max_bytes, error=error)
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except OSError as cause:
         raise error(
             f"{path.name} is missing or cannot be read.", path=path, expected="a JSON file", found=cause.strerror
         ) from cause
+    except GradTransformerError:
+        raise
     except (ValueError, RecursionError) as cause:
         raise error(f"{path.name} is not valid JSON.", path=path, expected="a JSON object", found=cause) from cause
     if not isinstance(data, dict):
@@ -119,45 +116,37 @@ def read_json(path: str | Path, *, error: type[GradTransformerError] = Incomplet
 
 
 def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Read and validate the header of a safetensors file: tensor infos by key, and the metadata.
+    """Read and validate the header of a safetensors file: tensor infos by key, and the metadata. No tensor is read.
 
     Raises:
-        [`AdapterFormatError`]: missing, truncated, not safetensors, an oversized header, or an unknown dtype.
+        [`AdapterFormatError`]: missing, no ordinary file, truncated, not safetensors, an oversized header, or an
+            unknown dtype.
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
+        size = check_size(path, MAX_TENSOR_FILE_BYTES, error=AdapterFormatError)
         with open(path, "rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
-        if size < 8 or header_bytes > min(size - 8, MAX_HEADER_BYTES):
-            raise AdapterFormatError(
-                "The header of the safetensors file is too large or cut off.",
-                path=path,
-                expected=f"at most {min(max(size - 8, 0), MAX_HEADER_BYTES)} bytes",
-                found=header_bytes,
-                remedy="download or save the file again",
-            )
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            keys = list(file.keys())
-            slices = {key: file.get_slice(key) for key in keys}
-            raw = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
-    except (OSError, SafetensorError) as cause:
+            if size < 8 or header_bytes > min(size - 8, MAX_HEADER_BYTES):
+                raise AdapterFormatError(
+                    "The header of the safetensors file is too large or cut off.",
+                    path=path,
+                    expected=f"at most {min(max(size - 8, 0), MAX_HEADER_BYTES)} bytes",
+                    found=header_bytes,
+                    remedy="download or save the file again",
+                )
+            content = file.read(header_bytes)
+        return parse_header(content, size - 8 - header_bytes)
+    except (OSError, HeaderError, ValueError, RecursionError) as cause:
+        if isinstance(cause, GradTransformerError):
+            raise
         raise AdapterFormatError(
             "The file is missing or is not a safetensors file.",
             path=path,
             expected="a readable safetensors file",
-            found=cause,
+            found=str(cause)[:200],
             remedy="download or save the file again",
         ) from cause
-    infos = {}
-    for key, (dtype, shape) in raw.items():
-        if dtype not in _DTYPES:
-            raise AdapterFormatError(
-                f"Tensor {key} has a dtype that is not supported.", path=path, expected=sorted(_DTYPES), found=dtype
-            )
-        infos[key] = TensorInfo(_DTYPES[dtype], shape)
-    return infos, metadata
 
 
 def read_tensors(path: str | Path, keys: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -183,6 +172,49 @@ def read_tensors(path: str | Path, keys: Sequence[str]) -> dict[str, torch.Tenso
     return tensors
 
 
+def check_size(path: Path, max_bytes: int, *, error: type[GradTransformerError]) -> int:
+    """Size of an ordinary file; pipes and devices, which never end, and files that are too large raise `error`."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise error(f"{path.name} is not an ordinary file.", path=path, expected="a file", found="another kind")
+    if status.st_size > max_bytes:
+        raise error("The file is too large.", path=path, expected=f"at most {max_bytes} bytes", found=status.st_size)
+    return status.st_size
+
+
+def member(folder: Path, name: str, *, error: type[GradTransformerError] = AdapterFormatError) -> Path:
+    """The path of a file in a folder from elsewhere; a link that leads out of the folder is refused.
+
+    In a snapshot of the Hub's cache, files are links to the blobs of the same repository, and may be.
+
+    Raises:
+        `error`: the file lies somewhere else.
+    """
+    path = folder / name
+    homes = [folder.resolve()]
+    for parent in (folder, *folder.parents):
+        if parent.name == "snapshots":
+            homes.append(parent.parent.resolve() / "blobs")
+            break
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as cause:
+        raise error(f"{name} cannot be found.", path=path, found=cause) from cause
+    if not any(real.is_relative_to(home) for home in homes):
+        raise error(
+            f"{name} is a link that leads out of its folder.",
+            path=path,
+            expected="a file inside the folder",
+            found="a file somewhere else",
+            remedy="copy the file into the folder, if you trust it",
+        )
+    return path
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
 def resolve_folder(
     name_or_path: str | Path,
     *,
@@ -205,6 +237,8 @@ def resolve_folder(
         [`UsageError`]: neither an existing folder nor a repository that can be reached.
     """
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    if ".." in Path(prefix).parts:
+        raise UsageError("`subfolder` leads out of the repository.", expected="a folder below it", found=subfolder)
     folder = Path(name_or_path)
     if not folder.is_dir():
         try:
