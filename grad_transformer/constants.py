@@ -24,6 +24,8 @@ DELTA_DATASET_NAME = "delta_dataset.json"
 REPORT_NAME = "report.json"
 HELDOUT_NAME = "heldout.json"
 TRAINING_LOG_NAME = "training_log.json"
+SHIFT_NAME = "shift.json"
+SHIFT_TENSORS_NAME = "shift.safetensors"
 
 CARD_NAME = "README.md"
 REPORT_FOLDER = "report"

@@ -1,4 +1,4 @@
-"""Text and JSON files: whole or absent when written.
+"""Text and JSON files: whole or absent when written, checked before they are read.
 
 An artifact's manifest is written last and alone says that the artifact is whole; a killed process leaves at most a
 hidden temporary file.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -50,23 +51,33 @@ def write_json_atomic(path: str | Path, data: Mapping[str, Any], *, indent: int 
     write_text_atomic(path, json.dumps(data, indent=indent, allow_nan=False) + "\n")
 
 
-def read_json(path: str | Path, *, error: type[GradTransformerError] = IncompleteArtifactError) -> dict[str, Any]:
-    """Read a JSON object.
+def read_json(
+    path: str | Path,
+    *,
+    error: type[GradTransformerError] = IncompleteArtifactError,
+    max_bytes: int = MAX_JSON_BYTES,
+) -> dict[str, Any]:
+    """Read a JSON object: strict JSON, in which NaN and Infinity are no numbers.
+
+    Args:
+        path (`str` or `Path`): the file.
+        error (`type`, *optional*): what is raised.
+        max_bytes (`int`, *optional*, defaults to 64 MiB): larger files are not read.
 
     Raises:
-        `error`: the file is missing, too large, not JSON, or not an object.
+        `error`: the file is missing, no ordinary file, too large, not JSON, or not an object.
         [`FormatVersionError`]: it carries a `format_version` newer than this library's.
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise error("The file is too large.", path=path, expected=f"at most {MAX_JSON_BYTES} bytes", found=size)
-        data = json.loads(path.read_text(encoding="utf-8"))
+        check_size(path, max_bytes, error=error)
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except OSError as cause:
         raise error(
             f"{path.name} is missing or cannot be read.", path=path, expected="a JSON file", found=cause.strerror
         ) from cause
+    except GradTransformerError:
+        raise
     except (ValueError, RecursionError) as cause:
         raise error(f"{path.name} is not valid JSON.", path=path, expected="a JSON object", found=cause) from cause
     if not isinstance(data, dict):
@@ -81,3 +92,17 @@ def read_json(path: str | Path, *, error: type[GradTransformerError] = Incomplet
             remedy="pip install --upgrade grad-transformer",
         )
     return data
+
+
+def check_size(path: Path, max_bytes: int, *, error: type[GradTransformerError]) -> int:
+    """Size of an ordinary file; pipes and devices, which never end, and files that are too large raise `error`."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise error(f"{path.name} is not an ordinary file.", path=path, expected="a file", found="another kind")
+    if status.st_size > max_bytes:
+        raise error("The file is too large.", path=path, expected=f"at most {max_bytes} bytes", found=status.st_size)
+    return status.st_size
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number of JSON")

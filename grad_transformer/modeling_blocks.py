@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class BlockEmbedding(nn.Module):
@@ -60,3 +61,25 @@ class NoTokenEmbedding(nn.Module):
     def __init__(self, hidden_size: int):
         super().__init__()
         self.register_buffer("weight", torch.empty(0, hidden_size), persistent=False)
+
+
+def hidden_size_of(config: PreTrainedConfig) -> int:
+    """Hidden size of the decoder, also where encoder and decoder have configs of their own (T5Gemma)."""
+    return int(config.get_text_config(decoder=True).hidden_size)
+
+
+def drop_token_embeddings(backbone: PreTrainedModel) -> None:
+    """Replace every token embedding by an empty module: blocks come in through `inputs_embeds` on both sides."""
+    hidden_size = hidden_size_of(backbone.config)
+    embeddings = {id(backbone.get_input_embeddings())}
+    for stack in (backbone.get_encoder(), backbone.get_decoder()):
+        embeddings.add(id(stack.get_input_embeddings()))
+    for parent in list(backbone.modules()):
+        for name, child in list(parent.named_children()):
+            if id(child) in embeddings and isinstance(child, nn.Embedding):
+                setattr(parent, name, NoTokenEmbedding(hidden_size))
+    # Nothing is left to tie.
+    for module in backbone.modules():
+        if isinstance(module, PreTrainedModel):
+            module._tied_weights_keys = None
+            module.all_tied_weights_keys = {}

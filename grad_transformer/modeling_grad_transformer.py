@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,12 +17,12 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .adapters import LoraAdapter, aggregate_deltas
-from .adapters.aggregation import Aggregation
+from .adapters import Aggregation, LoraAdapter, aggregate_from_root, compose_statements
+from .adapters.privacy import STATEMENT_KEY, statement_of
 from .configuration_grad_transformer import GradTransformerConfig
 from .constants import FORMAT_VERSION
 from .errors import FormatVersionError, UsageError
-from .modeling_blocks import BlockEmbedding, BlockReadout, NoTokenEmbedding
+from .modeling_blocks import BlockEmbedding, BlockReadout, drop_token_embeddings, hidden_size_of
 from .modeling_files import MapperFiles
 from .tokenization_lora_delta import Adapters, LoraDeltaTokenizer
 
@@ -72,9 +72,9 @@ class GradTransformer(MapperFiles, PreTrainedModel):
                 remedy="pip install --upgrade grad-transformer",
             )
         self.backbone = AutoModel.from_config(config.backbone_config)
-        _drop_token_embeddings(self.backbone)
+        drop_token_embeddings(self.backbone)
         self._no_split_modules = list(self.backbone._no_split_modules or [])
-        hidden_size = _hidden_size(config.backbone_config)
+        hidden_size = hidden_size_of(config.backbone_config)
         self.source_embedding = BlockEmbedding(config.source_block_types, config.source_type_widths, hidden_size)
         self.readout = BlockReadout(config.target_block_types, config.target_type_widths, hidden_size)
         self.start_block = nn.Parameter(torch.zeros(hidden_size))
@@ -151,7 +151,7 @@ class GradTransformer(MapperFiles, PreTrainedModel):
             )
         if not isinstance(backbone, PreTrainedConfig):
             pretrained = AutoModel.from_pretrained(str(backbone), **model_kwargs)
-            _drop_token_embeddings(pretrained)
+            drop_token_embeddings(pretrained)
         source, target = source_tokenizer, target_tokenizer
         config = GradTransformerConfig(
             backbone_config=backbone_config,
@@ -305,16 +305,27 @@ class GradTransformer(MapperFiles, PreTrainedModel):
         adapters: Adapters,
         *,
         aggregation: Aggregation = "mean",
+        order: Literal["aggregate_first", "map_first"] = "aggregate_first",
         weights: Sequence[float] | None = None,
+        num_dishonest: int | None = None,
+        max_norm: float | None = None,
+        reference: str | Path | LoraAdapter | None = None,
+        disjoint_clients: bool = False,
         **hub_kwargs: Any,
     ) -> LoraAdapter:
         """From client adapters of the TinyLM to one adapter for the LLM (paper, section 4.3).
 
         Args:
             adapters: one client adapter (folder, repository id, `org/name@v1.0`, or [`LoraAdapter`]) or several.
-            aggregation (`str`, *optional*, defaults to `"mean"`): how several deltas become one before mapping, see
-                [`aggregate_deltas`].
-            weights (`Sequence[float]`, *optional*): for `aggregation="weighted"`.
+            aggregation (`str`, *optional*, defaults to `"mean"`): how several deltas become one, see
+                [`aggregate_deltas`] and [`exact_mean`].
+            order (`str`, *optional*, defaults to `"aggregate_first"`): `"aggregate_first"` maps the aggregated delta
+                (paper); `"map_first"` maps each client's delta and aggregates the LLM's.
+            weights, num_dishonest, max_norm: see [`aggregate_deltas`].
+            reference (`str`, `Path` or [`LoraAdapter`], *optional*): for `"fltrust"`, a TinyLM adapter that the
+                provider fine-tuned itself from the same root, on public rows.
+            disjoint_clients (`bool`, *optional*, defaults to `False`): whether the clients declare that nobody's data
+                is in two clients' data; decides how their privacy budgets add up, see [`compose_statements`].
             hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` for adapters on the Hub.
 
         Returns:
@@ -325,32 +336,43 @@ class GradTransformer(MapperFiles, PreTrainedModel):
         Raises:
             [`AdapterFormatError`], [`LayoutMismatchError`], [`BaseModelMismatchError`], [`RootMismatchError`]: a
                 client adapter is refused, with the reason.
-            [`UsageError`]: the mapper has no tokenizers, or aggregation and weights do not fit.
+            [`UsageError`]: the mapper has no tokenizers, or the arguments of the aggregation do not fit.
         """
         source_tokenizer, target_tokenizer = self.tokenizers()
         clients = [adapters] if isinstance(adapters, (str, Path, LoraAdapter)) else list(adapters)
         if not clients:
             raise UsageError("There is nothing to map.", expected="at least one client adapter", found="none")
-        loaded = [
-            client
-            if isinstance(client, LoraAdapter)
-            else LoraAdapter.from_pretrained(client, layout=source_tokenizer.layout, **hub_kwargs)
-            for client in clients
-        ]
-        names = [None if isinstance(client, LoraAdapter) else str(client) for client in clients]
-        deltas_NP = torch.stack(
-            [source_tokenizer.delta(client, path=name) for client, name in zip(loaded, names, strict=True)]
+        checked = [source_tokenizer.read_client(client, **hub_kwargs) for client in clients]
+        deltas_NP = torch.stack([delta_P for _, delta_P in checked])
+        reference_P = None if reference is None else source_tokenizer.delta(reference, **hub_kwargs)
+        tokenizer = source_tokenizer
+        if order == "map_first":
+            tokenizer, deltas_NP = target_tokenizer, self.generate_deltas(deltas_NP)
+            reference_P = None if reference_P is None else self.generate_deltas(reference_P[None])[0]
+        elif order != "aggregate_first":
+            raise UsageError("Unknown order.", expected="aggregate_first or map_first", found=order)
+        delta_P, facts = aggregate_from_root(
+            deltas_NP,
+            tokenizer.root,
+            aggregation=aggregation,
+            weights=weights,
+            num_dishonest=num_dishonest,
+            max_norm=max_norm,
+            reference_P=reference_P,
         )
-        delta_P = aggregate_deltas(deltas_NP, aggregation=aggregation, weights=weights)
-        adapter = target_tokenizer.decode_delta(self.generate_deltas(delta_P[None])[0])
+        if order == "aggregate_first":
+            delta_P = self.generate_deltas(delta_P[None])[0]
+        adapter = target_tokenizer.decode_delta(delta_P)
         adapter.metadata["generated"] = {
             "source_base_model": self.config.source_base_model,
             "mapper": None if self.origin is None else self.origin.to_dict(),
             "num_clients": len(clients),
-            "clients": [_public_identity(client) for client in loaded],
-            "aggregation": aggregation,
-            "shift": source_tokenizer.shift(delta_P),
+            "clients": [_public_identity(client) for client, _ in checked],
+            "order": order,
+            **facts,
         }
+        statements = [statement_of(client.metadata) for client, _ in checked]
+        adapter.metadata[STATEMENT_KEY] = compose_statements(statements, disjoint_clients=disjoint_clients)
         return adapter
 
     def tokenizers(self) -> tuple[LoraDeltaTokenizer, LoraDeltaTokenizer]:
@@ -370,25 +392,3 @@ def _public_identity(client: LoraAdapter) -> dict[str, Any]:
     if client.origin is not None and client.origin.private is False:
         return client.origin.to_dict()
     return {"sha256": client.sha256()}
-
-
-def _hidden_size(config: PreTrainedConfig) -> int:
-    """Hidden size of the decoder, also where encoder and decoder have configs of their own (T5Gemma)."""
-    return int(config.get_text_config(decoder=True).hidden_size)
-
-
-def _drop_token_embeddings(backbone: PreTrainedModel) -> None:
-    """Replace every token embedding by an empty module: blocks come in through `inputs_embeds` on both sides."""
-    hidden_size = _hidden_size(backbone.config)
-    embeddings = {id(backbone.get_input_embeddings())}
-    for stack in (backbone.get_encoder(), backbone.get_decoder()):
-        embeddings.add(id(stack.get_input_embeddings()))
-    for parent in list(backbone.modules()):
-        for name, child in list(parent.named_children()):
-            if id(child) in embeddings and isinstance(child, nn.Embedding):
-                setattr(parent, name, NoTokenEmbedding(hidden_size))
-    # Nothing is left to tie.
-    for module in backbone.modules():
-        if isinstance(module, PreTrainedModel):
-            module._tied_weights_keys = None
-            module.all_tied_weights_keys = {}

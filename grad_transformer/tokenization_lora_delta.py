@@ -22,7 +22,7 @@ from transformers import BatchFeature
 from .adapters import LoraAdapter, LoraLayout, Root
 from .adapters.io import save_tensors_atomic
 from .constants import FORMAT_VERSION, ROOT_FOLDER, TOKENIZER_NAME, TOKENIZER_STATISTICS_NAME
-from .errors import IncompleteArtifactError, LayoutMismatchError, UsageError
+from .errors import AdapterFormatError, IncompleteArtifactError, LayoutMismatchError, UsageError
 from .files import read_json, write_json_atomic
 from .hub import Origin, Published, fetch, publish
 from .hub.kinds import TOKENIZER_FILES
@@ -32,6 +32,9 @@ from .hub.public import public_files
 Adapters = str | Path | LoraAdapter | Sequence[str | Path | LoraAdapter]
 Role = Literal["source", "target"]
 Scale = Literal["none", "global", "block"]
+
+# A delta that is so many times longer than the usual one is refused unread by the mapper.
+MAXIMUM_NORM_RATIO = 30.0
 
 
 class LoraDeltaTokenizer:
@@ -164,33 +167,27 @@ class LoraDeltaTokenizer:
         assert self.scale_L is not None
         return self.scale_L.double().repeat_interleave(torch.tensor(self.layout.widths))
 
-    def shift(self, delta_P: torch.Tensor) -> dict[str, float] | None:
-        """How large a raw delta `(numel,)` is beside the training deltas: `rms` of all its standardised values, and
-        `max_block_rms` of the largest block. 1 is usual; None for a tokenizer that does not scale."""
-        if self.scale == "none" or self.scale_L is None:
-            return None
-        standardised_P = self.layout.from_blocks(self.standardize(delta_P))
-        blocks = [float(part.double().square().mean().sqrt()) for part in standardised_P.split(self.layout.widths)]
-        return {"rms": float(standardised_P.double().square().mean().sqrt()), "max_block_rms": max(blocks)}
-
     # Adapters <-> deltas <-> blocks
 
-    def delta(self, adapter: str | Path | LoraAdapter, *, path: str | None = None, **hub_kwargs: Any) -> torch.Tensor:
+    def delta(self, adapter: str | Path | LoraAdapter, **hub_kwargs: Any) -> torch.Tensor:
         """Adapter minus root, float32, shape `(numel,)`.
-
-        Args:
-            adapter: folder, repository id or [`LoraAdapter`].
-            path (`str`, *optional*): what errors call a [`LoraAdapter`].
-            hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
 
         Raises:
             [`AdapterFormatError`], [`LayoutMismatchError`], [`BaseModelMismatchError`], [`RootMismatchError`]: the
                 adapter is not one that was fine-tuned from this tokenizer's root.
         """
-        return self._delta(adapter, path=path, **hub_kwargs).float()
+        return self._delta(adapter, **hub_kwargs).float()
 
-    def _delta(self, adapter: str | Path | LoraAdapter, *, path: str | None = None, **hub_kwargs: Any) -> torch.Tensor:
-        path = path if isinstance(adapter, LoraAdapter) else str(adapter)
+    def _delta(self, adapter: str | Path | LoraAdapter, **hub_kwargs: Any) -> torch.Tensor:
+        return self._checked(adapter, **hub_kwargs)[1]
+
+    def read_client(self, adapter: str | Path | LoraAdapter, **hub_kwargs: Any) -> tuple[LoraAdapter, torch.Tensor]:
+        """A client's adapter, checked as in [`~LoraDeltaTokenizer.delta`], and its delta, float32 `(numel,)`."""
+        checked, delta_P = self._checked(adapter, **hub_kwargs)
+        return checked, delta_P.float()
+
+    def _checked(self, adapter: str | Path | LoraAdapter, **hub_kwargs: Any) -> tuple[LoraAdapter, torch.Tensor]:
+        path = None if isinstance(adapter, LoraAdapter) else str(adapter)
         if isinstance(adapter, LoraAdapter):
             shapes = {key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()}
             self.layout.check_config(adapter.config, shapes)
@@ -198,7 +195,28 @@ class LoraDeltaTokenizer:
             adapter = LoraAdapter.from_pretrained(adapter, layout=self.layout, **hub_kwargs)
         adapter.check_base_model(self.root.base_model, path=path)
         self.root.check_descends(adapter, path=path)
-        return adapter.flat(dtype=torch.float64) - self._root_P
+        delta_P = adapter.flat(dtype=torch.float64) - self._root_P
+        self._check_norm(delta_P, path)
+        return adapter, delta_P
+
+    def _check_norm(self, delta_P: torch.Tensor, path: str | None) -> None:
+        """Refuse a delta far longer than any that training showed; NaN and infinity fail every comparison."""
+        usual = float(self._root_P.norm())
+        if self.scale_L is not None and self.scale != "none":
+            widths_L = torch.tensor(self.layout.widths, dtype=torch.float64)
+            square = float((self.scale_L.double().square() * widths_L).sum())
+            if self.center and self.mean_P is not None:
+                square += float(self.mean_P.double().square().sum())
+            usual = square**0.5
+        norm, limit = float(delta_P.norm()), MAXIMUM_NORM_RATIO * usual
+        if not norm <= limit:
+            raise AdapterFormatError(
+                "The adapter is absurdly far from its root.",
+                path=path,
+                expected=f"a delta of norm up to {limit:.4g}, {MAXIMUM_NORM_RATIO:g} times the usual one",
+                found=f"norm {norm:.4g}",
+                remedy="the fine-tune diverged, or the adapter was scaled: fine-tune again with the mapper's recipe",
+            )
 
     def encode(
         self, adapter: str | Path | LoraAdapter, *, dtype: torch.dtype = torch.float32, **hub_kwargs: Any

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ from ..errors import AdapterFormatError, BaseModelMismatchError
 from ..files import read_json, write_json_atomic
 from ..hub import Origin, Published, fetch, push_folder
 from ..hub.kinds import ADAPTER_FILES
-from .io import read_header, read_tensors, save_tensors_atomic
+from .io import MAX_ADAPTER_JSON_BYTES, member, read_header, read_tensors, save_tensors_atomic
 from .layout import LoraLayout
 
 
@@ -52,10 +54,13 @@ class LoraAdapter:
     ) -> LoraAdapter:
         """Read an adapter from a folder or a Hub repository, its config and header before any tensor.
 
+        A stranger's adapter may be read: nothing in it is executed, imported or looked up. The base model that it
+        names is compared, never loaded; no pickle is opened; files have size limits and must lie in the folder.
+
         Args:
             name_or_path (`str` or `Path`): PEFT adapter folder, or repository id, also as `org/name@v1.0`.
             layout ([`LoraLayout`], *optional*): the layout that the adapter must have. Without it the layout is read
-                off the adapter's own config, which means trusting the patterns in it.
+                off the adapter's own config, whose rank and alpha patterns must be simple ones.
             subfolder (`str`, *optional*): folder below `name_or_path`.
             hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
 
@@ -66,10 +71,10 @@ class LoraAdapter:
         """
         fetched = fetch(name_or_path, allow_patterns=ADAPTER_FILES, subfolder=subfolder, **hub_kwargs)
         folder = fetched.folder
-        config = read_json(folder / ADAPTER_CONFIG_NAME, error=AdapterFormatError)
-        weights = folder / ADAPTER_WEIGHTS_NAME
+        config = _read_adapter_json(folder, ADAPTER_CONFIG_NAME)
+        weights = member(folder, ADAPTER_WEIGHTS_NAME)
         if not weights.is_file():
-            pickles = sorted(path.name for path in folder.glob("*.bin"))
+            pickles = [path.name for path in itertools.islice(folder.glob("*.bin"), 3)]
             raise AdapterFormatError(
                 "The adapter's weights are not stored as safetensors.",
                 path=folder,
@@ -88,14 +93,15 @@ class LoraAdapter:
             layout = LoraLayout.from_adapter_config(config, shapes, path=str(folder))
         else:
             layout.check_config(config, shapes, path=str(folder))
-        metadata_path = folder / ADAPTER_METADATA_NAME
-        metadata = read_json(metadata_path, error=AdapterFormatError) if metadata_path.is_file() else {}
+        has_metadata = os.path.lexists(folder / ADAPTER_METADATA_NAME)
+        metadata = _read_adapter_json(folder, ADAPTER_METADATA_NAME) if has_metadata else {}
         return cls(config, read_tensors(weights, list(shapes)), layout, metadata, fetched.origin)
 
     @property
     def base_model(self) -> str | None:
         """`base_model_name_or_path` of the adapter's config."""
-        return self.config.get("base_model_name_or_path")
+        name = self.config.get("base_model_name_or_path")
+        return None if name is None else str(name)
 
     def check_base_model(self, expected: str | None, *, path: str | None = None) -> None:
         """Refuse an adapter of another base model; local copies of one model may have different parent folders.
@@ -179,6 +185,11 @@ class LoraAdapter:
             digest.update(repr((spec.key, spec.shape, float(spec.scaling))).encode())
             digest.update(self.tensors[spec.key].to(torch.float32).contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def _read_adapter_json(folder: Path, name: str) -> dict[str, Any]:
+    path = member(folder, name)
+    return read_json(path, error=AdapterFormatError, max_bytes=MAX_ADAPTER_JSON_BYTES)
 
 
 def _last_part(name_or_path: str) -> str:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import AdapterFormatError
-from ..files import atomic_write, read_json, write_json_atomic, write_text_atomic
+from ..errors import AdapterFormatError, GradTransformerError
+from ..files import atomic_write, check_size, read_json, write_json_atomic, write_text_atomic
 from ..hub import resolve_folder
+from .header import HeaderError, TensorInfo, parse_header
 
 
 __all__ = [
     "TensorInfo",
     "atomic_write",
+    "member",
     "read_header",
     "read_json",
     "read_tensors",
@@ -28,23 +29,9 @@ __all__ = [
 ]
 
 MAX_HEADER_BYTES = 16 * 2**20
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-}
-_FLOATING = ("F64", "F32", "F16", "BF16")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What a safetensors header says of one tensor."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+# What strangers may send: an adapter's config and metadata, and its tensors.
+MAX_ADAPTER_JSON_BYTES = 2**20
+MAX_TENSOR_FILE_BYTES = 64 * 2**30
 
 
 def save_tensors_atomic(
@@ -58,45 +45,37 @@ def save_tensors_atomic(
 
 
 def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Read and validate the header of a safetensors file: tensor infos by key, and the metadata.
+    """Read and validate the header of a safetensors file: tensor infos by key, and the metadata. No tensor is read.
 
     Raises:
-        [`AdapterFormatError`]: missing, truncated, not safetensors, an oversized header, or an unknown dtype.
+        [`AdapterFormatError`]: missing, no ordinary file, truncated, not safetensors, an oversized header, or an
+            unknown dtype.
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
+        size = check_size(path, MAX_TENSOR_FILE_BYTES, error=AdapterFormatError)
         with open(path, "rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
-        if size < 8 or header_bytes > min(size - 8, MAX_HEADER_BYTES):
-            raise AdapterFormatError(
-                "The header of the safetensors file is too large or cut off.",
-                path=path,
-                expected=f"at most {min(max(size - 8, 0), MAX_HEADER_BYTES)} bytes",
-                found=header_bytes,
-                remedy="download or save the file again",
-            )
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            keys = list(file.keys())
-            slices = {key: file.get_slice(key) for key in keys}
-            raw = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
-    except (OSError, SafetensorError) as cause:
+            if size < 8 or header_bytes > min(size - 8, MAX_HEADER_BYTES):
+                raise AdapterFormatError(
+                    "The header of the safetensors file is too large or cut off.",
+                    path=path,
+                    expected=f"at most {min(max(size - 8, 0), MAX_HEADER_BYTES)} bytes",
+                    found=header_bytes,
+                    remedy="download or save the file again",
+                )
+            content = file.read(header_bytes)
+        return parse_header(content, size - 8 - header_bytes)
+    except (OSError, HeaderError, ValueError, RecursionError) as cause:
+        if isinstance(cause, GradTransformerError):
+            raise
         raise AdapterFormatError(
             "The file is missing or is not a safetensors file.",
             path=path,
             expected="a readable safetensors file",
-            found=cause,
+            found=str(cause)[:200],
             remedy="download or save the file again",
         ) from cause
-    infos = {}
-    for key, (dtype, shape) in raw.items():
-        if dtype not in _DTYPES:
-            raise AdapterFormatError(
-                f"Tensor {key} has a dtype that is not supported.", path=path, expected=sorted(_DTYPES), found=dtype
-            )
-        infos[key] = TensorInfo(_DTYPES[dtype], shape)
-    return infos, metadata
 
 
 def read_tensors(path: str | Path, keys: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -120,3 +99,32 @@ def read_tensors(path: str | Path, keys: Sequence[str]) -> dict[str, torch.Tenso
                 remedy="the fine-tune diverged: lower its learning rate and run it again",
             )
     return tensors
+
+
+def member(folder: Path, name: str, *, error: type[GradTransformerError] = AdapterFormatError) -> Path:
+    """The path of a file in a folder from elsewhere; a link that leads out of the folder is refused.
+
+    In a snapshot of the Hub's cache, files are links to the blobs of the same repository, and may be.
+
+    Raises:
+        `error`: the file lies somewhere else.
+    """
+    path = folder / name
+    homes = [folder.resolve()]
+    for parent in (folder, *folder.parents):
+        if parent.name == "snapshots":
+            homes.append(parent.parent.resolve() / "blobs")
+            break
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as cause:
+        raise error(f"{name} cannot be found.", path=path, found=cause) from cause
+    if not any(real.is_relative_to(home) for home in homes):
+        raise error(
+            f"{name} is a link that leads out of its folder.",
+            path=path,
+            expected="a file inside the folder",
+            found="a file somewhere else",
+            remedy="copy the file into the folder, if you trust it",
+        )
+    return path

@@ -19,6 +19,7 @@ import torch
 from peft.utils.other import get_pattern_key
 
 from ..errors import AdapterFormatError, LayoutMismatchError
+from .patterns import check_patterns
 
 
 _KEY = re.compile(
@@ -377,14 +378,14 @@ def _block_name(module: str) -> str:
     """Path up to the first number: the layer, also where experts or sub-layers are numbered below it."""
     parts = module.split(".")
     for index, part in enumerate(parts):
-        if part.isdecimal():
+        if part.isdecimal() and part.isascii() and len(part) <= 9:
             return ".".join(parts[: index + 1])
     return module
 
 
 def _block_order(name: str, specs: list[TensorSpec]) -> tuple[int, str, int]:
     stack, _, number = name.rpartition(".")
-    if number.isdecimal():
+    if number.isdecimal() and number.isascii() and len(number) <= 9:
         return (1, stack, int(number))
     return (0 if ".lora_embedding_" in specs[0].key else 2, name, 0)
 
@@ -401,15 +402,18 @@ def _module_specs(
         )
     rank_pattern, alpha_pattern = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     try:
+        check_patterns(rank_pattern, alpha_pattern)
         rank = rank_pattern.get(get_pattern_key(list(rank_pattern), module), config["r"])
         alpha = alpha_pattern.get(get_pattern_key(list(alpha_pattern), module), config["lora_alpha"])
         scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError, ValueError, re.error) as error:
+        if type(rank) is not int or not math.isfinite(scaling):
+            raise ValueError(f"rank {str(rank)[:40]}, scaling {scaling}")
+    except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError, RecursionError, re.error) as error:
         raise AdapterFormatError(
             f"Rank or alpha of module {module} cannot be read from the adapter config.",
             path=path,
-            expected="positive r and lora_alpha; rank_pattern and alpha_pattern as dicts",
-            found=repr(error),
+            expected="positive r and lora_alpha; rank_pattern and alpha_pattern as dicts of simple patterns",
+            found=repr(error)[:200],
         ) from error
     (key_a, shape_a), (key_b, shape_b) = sides["A"], sides["B"]
     if len(shape_a) < 2 or len(shape_b) < 2 or shape_a[0] != rank or shape_b[1] != rank or 0 in shape_a + shape_b:

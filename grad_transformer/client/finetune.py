@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..adapters import LoraAdapter
+from ..adapters import LoraAdapter, PrivacyStatement, Root
+from ..adapters.privacy import STATEMENT_KEY
 from ..constants import FORMAT_VERSION, SOURCE_FOLDER
 from ..errors import IncompleteArtifactError
 from ..finetuning import FineTuningRecipe, SftResult, attach_root, check_rows, load_base, run_sft
@@ -38,7 +42,7 @@ def finetune_client(
     """Fine-tune the TinyLM on the client's rows, from the mapper's root, by the mapper's recipe, with TRL.
 
     This is ordinary fine-tuning: an adapter can reveal rows it was trained on. "Only the adapter leaves" is no privacy
-    guarantee; differential privacy is.
+    guarantee; differential privacy is: see `client.private.finetune_client_privately`.
 
     Args:
         mapper (`str`, `Path` or [`LoraDeltaTokenizer`]): the mapper's folder or repository (also `org/name@v1.0`), or
@@ -65,6 +69,76 @@ def finetune_client(
         [`BaseModelMismatchError`]: `base_model` is not the model that the root was made for.
         [`DataError`], [`RecipeError`]: the rows cannot be used, or the fine-tune diverged or changed nothing.
     """
+    task = prepare_client(
+        mapper,
+        rows,
+        role=role,
+        base_model=base_model,
+        recipe=recipe,
+        dtype=dtype,
+        device=device,
+        hub_kwargs=hub_kwargs,
+    )
+    result = run_sft(
+        task.model,
+        task.text_tokenizer,
+        task.rows,
+        task.recipe,
+        root=task.root,
+        seed=seed,
+        name="the client",
+        **sft_config,
+    )
+    adapter = task.save(output_dir, result, state_num_examples=state_num_examples, privacy=None)
+    return adapter, result
+
+
+@dataclass(frozen=True)
+class ClientTask:
+    """What a client's fine-tune needs, checked: the model with the root attached, its tokenizer, rows, and recipe."""
+
+    root: Root
+    recipe: FineTuningRecipe
+    rows: datasets.Dataset
+    model: PeftModel
+    text_tokenizer: PreTrainedTokenizerBase
+
+    def save(
+        self,
+        output_dir: str | Path,
+        result: SftResult,
+        *,
+        state_num_examples: bool,
+        privacy: PrivacyStatement | None,
+    ) -> LoraAdapter:
+        """Write the adapter with what may be said of it."""
+        values_P = self.root.layout.flatten({key: tensor.cpu() for key, tensor in result.tensors.items()})
+        metadata: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "mapper": None if self.root.origin is None else self.root.origin.to_dict(),
+            "root": self.root.facts(),
+            "recipe": self.recipe.to_dict(),
+            STATEMENT_KEY: None if privacy is None else privacy.to_dict(),
+        }
+        if state_num_examples:
+            metadata["num_examples"] = len(self.rows)
+        adapter = self.root.adapter.with_values(values_P, metadata=metadata)
+        adapter.save_pretrained(output_dir)
+        return adapter
+
+
+def prepare_client(
+    mapper: str | Path | LoraDeltaTokenizer,
+    rows: datasets.Dataset | Sequence[Mapping[str, Any]],
+    *,
+    role: Literal["source", "target"] = SOURCE_FOLDER,
+    base_model: str | None = None,
+    recipe: FineTuningRecipe | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | None = None,
+    hub_kwargs: Mapping[str, Any] | None = None,
+) -> ClientTask:
+    """Load and check all that [`finetune_client`] needs; arguments and errors as there."""
     if isinstance(mapper, LoraDeltaTokenizer):
         tokenizer = mapper
     else:
@@ -87,26 +161,4 @@ def finetune_client(
     model, text_tokenizer = load_base(
         base_model or root.base_model, revision=None if base_model else root.base_revision, dtype=dtype, device=device
     )
-    result = run_sft(
-        attach_root(model, root),
-        text_tokenizer,
-        checked,
-        recipe,
-        root=root,
-        seed=seed,
-        name="the client",
-        **sft_config,
-    )
-    values_P = root.layout.flatten({key: tensor.cpu() for key, tensor in result.tensors.items()})
-    metadata: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "mapper": None if tokenizer.origin is None else tokenizer.origin.to_dict(),
-        "root": root.facts(),
-        "recipe": recipe.to_dict(),
-        "differential_privacy": None,
-    }
-    if state_num_examples:
-        metadata["num_examples"] = len(checked)
-    adapter = root.adapter.with_values(values_P, metadata=metadata)
-    adapter.save_pretrained(output_dir)
-    return adapter, result
+    return ClientTask(root, recipe, checked, attach_root(model, root), text_tokenizer)

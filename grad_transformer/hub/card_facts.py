@@ -272,21 +272,22 @@ def _examples_words(count: Any) -> str:
 
 
 def _privacy_words(statement: Any) -> str:
-    if not statement:
+    if not isinstance(statement, Mapping):
         return (
-            "Fine-tuned **without differential privacy**. That only the adapter left its owner is no privacy "
-            "guarantee: an adapter can reveal rows it was trained on."
+            "Made **without differential privacy**. That only the adapter left its owner is no privacy guarantee: an "
+            "adapter can reveal rows it was trained on."
         )
-    if isinstance(statement, Mapping):
-        facts = ", ".join(f"{key} {value}" for key, value in statement.items() if isinstance(value, int | float | str))
-        return f"Fine-tuned with differential privacy: {facts}."
-    return f"Fine-tuned with differential privacy: {statement}."
+    lines = [f"Differential privacy: {statement.get('statement', 'stated without words')}"]
+    lines += [f"  - Not covered: {words}" for words in statement.get("not_covered") or ()]
+    return "\n".join(lines)
 
 
-def _shift_words(shift: Any) -> str:
-    if not isinstance(shift, Mapping) or shift.get("rms") is None:
-        return "Not measured: the mapper's source tokenizer does not scale."
+def _shift_words(shifts: Any) -> str:
+    """From the shift reports of the clients: 1 is what one in twenty held-out shadow runs exceeds."""
+    known = [float(shift["shift"]) for shift in shifts or ()]
+    if not known:
+        return "not measured."
+    listed = ", ".join(f"{shift:.2f}" for shift in known)
     return (
-        f"The aggregated delta is {shift['rms']:.2f} times as large as the mapper's shadow deltas (its largest block "
-        f"{shift['max_block_rms']:.2f} times). Far from 1, the mapper was asked about something it has not seen."
+        f"shift {listed}; 1 is what one in twenty held-out shadow runs exceeds; far above it, it guesses."
     )

@@ -99,6 +99,8 @@ def fetch(
         [`UsageError`]: two revisions, or no such folder in it.
     """
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    if ".." in Path(prefix).parts:
+        raise UsageError("`subfolder` leads out of the repository.", expected="a folder below it", found=subfolder)
     folder, origin = Path(name_or_path), None
     if folder.is_dir():
         origin = read_origin(folder)

@@ -1,6 +1,7 @@
 """Fine-tune the TinyLM on a client's own rows, from the mapper's root: only the adapter is meant to leave.
 
     grad-transformer client --mapper acme/qwen2.5-3b-to-7b --data private.jsonl --output_dir bank-a
+    grad-transformer client --mapper mapper --data private.jsonl --output_dir bank-a --dp_epsilon 1.0 --dp_delta 1e-5
     grad-transformer client --mapper mapper --data private.jsonl --output_dir ceiling --role target
 
 Rows have a `prompt` and a `completion`. Root and recipe come with the mapper. An adapter can reveal rows it was
@@ -11,8 +12,14 @@ comparison.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ._common import CommandParser, CommandResult
+
+
+if TYPE_CHECKING:
+    from ..adapters import LoraAdapter, PrivacyStatement
+    from ..finetuning import SftResult
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,43 @@ class ClientArguments:
     state_num_examples: bool = field(
         default=False, metadata={"help": "Write into the adapter how many rows it was fine-tuned on."}
     )
+    dp_epsilon: float | None = field(
+        default=None, metadata={"help": "Fine-tune with DP-SGD and spend this epsilon; needs --dp_delta."}
+    )
+    dp_delta: float | None = field(
+        default=None, metadata={"help": "Delta of the budget: well below one over the number of rows."}
+    )
+    dp_max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Norm that the gradient of each example is clipped to."}
+    )
+    dp_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Expected rows of a noisy step; default: the recipe's. Larger ones bear noise better."},
+    )
+    dp_physical_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows of one forward pass; changes speed and memory alone."}
+    )
+    dp_gradients: str = field(
+        default="hooks",
+        metadata={
+            "help": "hooks keeps each example's gradient; ghost needs less memory. The same mechanism.",
+            "choices": ["hooks", "ghost"],
+        },
+    )
+    dp_accountant: str = field(
+        default="prv", metadata={"help": "What computes epsilon; rdp is looser.", "choices": ["prv", "rdp"]}
+    )
+    dp_checkpoint_dir: str | None = field(
+        default=None, metadata={"help": "Keep checkpoints here, and go on from the last one. They are private."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "With --eval_data: stop when its loss has not fallen for so many tenths of the steps."},
+    )
+    eval_data: str | None = field(default=None, metadata={"help": "Rows that decide when to stop."})
+    dp_allow_early_stopping: bool = field(
+        default=False, metadata={"help": "Stop early although the bound does not cover the rows of --eval_data."}
+    )
 
 
 def make_parser() -> CommandParser:
@@ -48,33 +92,81 @@ def make_parser() -> CommandParser:
 
 def main(args: ClientArguments) -> CommandResult:
     from ..client import finetune_client
+    from ..errors import UsageError
     from ..finetuning import load_rows
 
+    if (args.dp_epsilon is None) != (args.dp_delta is None):
+        raise UsageError(
+            "A privacy budget has two parts.",
+            expected="--dp_epsilon and --dp_delta, or neither",
+            found=f"dp_epsilon={args.dp_epsilon}, dp_delta={args.dp_delta}",
+        )
+    if args.dp_epsilon is None and (args.early_stopping_patience is not None or args.eval_data is not None):
+        raise UsageError(
+            "Without a privacy budget the recipe's steps are taken.",
+            expected="--early_stopping_patience and --eval_data only with --dp_epsilon",
+            found=f"early_stopping_patience={args.early_stopping_patience}",
+        )
     rows = load_rows(args.data, split=args.data_split)
-    adapter, result = finetune_client(
-        args.mapper,
-        rows,
-        args.output_dir,
-        role=args.role,  # type: ignore[arg-type]
-        base_model=args.base_model,
-        seed=args.seed,
-        state_num_examples=args.state_num_examples,
-        dtype=args.dtype,
-        device=args.device,
-        hub_kwargs={"revision": args.mapper_revision},
-        gradient_checkpointing=args.gradient_checkpointing,
-    )
+    arguments = {
+        "role": args.role,
+        "base_model": args.base_model,
+        "state_num_examples": args.state_num_examples,
+        "dtype": args.dtype,
+        "device": args.device,
+        "hub_kwargs": {"revision": args.mapper_revision},
+        "gradient_checkpointing": args.gradient_checkpointing,
+    }
+    statement = None
+    if args.dp_epsilon is not None:
+        try:
+            from ..client.private import PrivacyArguments, finetune_client_privately
+        except ModuleNotFoundError as cause:
+            raise UsageError(
+                "Opacus is not installed.", found=cause, remedy='pip install "grad-transformer[dp]"'
+            ) from cause
+
+        assert args.dp_delta is not None
+        adapter, result, statement = finetune_client_privately(
+            args.mapper,
+            rows,
+            args.output_dir,
+            privacy=PrivacyArguments(
+                epsilon=args.dp_epsilon,
+                delta=args.dp_delta,
+                max_grad_norm=args.dp_max_grad_norm,
+                batch_size=args.dp_batch_size,
+                gradients=args.dp_gradients,  # type: ignore[arg-type]
+                accountant=args.dp_accountant,  # type: ignore[arg-type]
+                allow_early_stopping=args.dp_allow_early_stopping,
+            ),
+            physical_batch_size=args.dp_physical_batch_size,
+            checkpoint_dir=args.dp_checkpoint_dir,
+            eval_rows=None if args.eval_data is None else load_rows(args.eval_data, split=args.data_split),
+            early_stopping_patience=args.early_stopping_patience,
+            **arguments,  # type: ignore[arg-type]
+        )
+    else:
+        adapter, result = finetune_client(args.mapper, rows, args.output_dir, seed=args.seed, **arguments)  # type: ignore[arg-type]
+    return _result(args, len(rows), adapter, result, statement)
+
+
+def _result(
+    args: ClientArguments, num_rows: int, adapter: LoraAdapter, result: SftResult, statement: PrivacyStatement | None
+) -> CommandResult:
     data = {
         "output_dir": args.output_dir,
         "base_model": adapter.base_model,
-        "rows": len(rows),
+        "rows": num_rows,
         "steps": len(result.losses),
-        "first_loss": result.losses[0],
-        "last_loss": result.losses[-1],
+        "first_loss": result.losses[0] if result.losses else None,
+        "last_loss": result.losses[-1] if result.losses else None,
         "seconds": result.seconds,
+        "privacy": None if statement is None else statement.to_dict(),
     }
-    text = (
-        f"Fine-tuned {adapter.base_model} on {len(rows)} rows in {result.seconds:.1f} s: "
-        f"loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f}\nAdapter: {args.output_dir}"
-    )
+    losses = f": loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f}" if result.losses else ", all steps resumed"
+    text = f"Fine-tuned {adapter.base_model} on {num_rows} rows in {result.seconds:.1f} s{losses}\n"
+    text += f"Adapter: {args.output_dir}"
+    if statement is not None:
+        text += f"\nPrivacy: {statement.statement()}\nNot covered: see {args.output_dir}/README.md"
     return CommandResult(data, text)

@@ -176,7 +176,7 @@ class Demo:
     def _train(self) -> GradTransformer:
         preset, folder = self.world.preset, self.folder / "mapper"
         if not (folder / HELDOUT_NAME).is_file():
-            every = max(preset.mapper_steps // 12, 1)
+            every = max(preset.mapper_steps // 6, 1)
             train(
                 self.folder / "delta_dataset",
                 MapperArguments(

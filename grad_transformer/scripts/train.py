@@ -15,10 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..adapters.io import write_json_atomic
 from ..constants import HELDOUT_NAME, TRAINING_LOG_NAME
 from ..evaluation.clients import score_heldout
 from ..evaluation.controls import fit_controls
+from ..evaluation.shift import MINIMUM_SHADOWS, ShiftReference
 from ..shadow import load_delta_dataset
 from ..training import build_mapper, train_mapper
 from ..training.arguments import GradTransformerTrainingArguments, MapperArguments
@@ -91,6 +94,10 @@ def train(
         scores = score_heldout(heldout, predictors, test.source, test.target, mean_Y)
         controls = {f"r2_{name}": value for name, value in scores.controls.items()}
         data["heldout"] = {**heldout.to_dict(), **controls}
+        if trainer.is_world_process_zero() and len(train_pairs.source) >= MINIMUM_SHADOWS:
+            unseen_runs = torch.cat([deltas.pairs(name).source for name in deltas.splits if name != "train"])
+            shift = ShiftReference.fit(train_pairs.source, unseen_runs, widths=deltas.source_layout.widths)
+            shift.save_pretrained(training_args.output_dir)
     if trainer.is_world_process_zero():
         folder = Path(training_args.output_dir)
         write_json_atomic(folder / TRAINING_LOG_NAME, {"log_history": trainer.state.log_history})

@@ -12,9 +12,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import DatasetCard, EvalResultEntry, ModelCard
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from grad_transformer import push_delta_dataset, push_folder
 from grad_transformer.errors import UsageError
@@ -131,7 +133,7 @@ def test_the_card_of_a_client_says_what_the_client_allows():
         ({}, "Their number is not stated"),
         ({"num_examples": 300}, "300 examples"),
         ({"differential_privacy": None}, "**without differential privacy**"),
-        ({"differential_privacy": {"epsilon": 8.0, "delta": 1e-5}}, "epsilon 8.0, delta 1e-05"),
+        ({"differential_privacy": {"statement": "Epsilon is 8.", "not_covered": ["A tail."]}}, "Not covered: A tail."),
     ):
         metadata = {"grad_transformer.json": json.dumps({**base, **more}).encode()}
         files = {"adapter_config.json": json.dumps(config).encode(), **metadata}
@@ -149,6 +151,8 @@ def published(hub, tmp_path):
     mapper.save_pretrained(tmp_path / "mapper")
     write_json_atomic(tmp_path / "mapper" / "heldout.json", HELDOUT)
     write_json_atomic(tmp_path / "mapper" / "training_log.json", {"log_history": []})
+    write_json_atomic(tmp_path / "mapper" / "shift.json", {"format_version": 1})
+    save_file({"mean": torch.zeros(1)}, tmp_path / "mapper" / "shift.safetensors")
     write_json_atomic(tmp_path / "report" / "report.json", report(client_report("Bank of Somewhere")))
     for name in ("pgr.png", "accuracy.png"):
         (tmp_path / "report" / name).write_bytes(b"\x89PNG")

@@ -96,4 +96,4 @@ def test_recipe_arguments_name_each_base_models_own_steps():
     assert (tinylm["max_steps"], llm["max_steps"]) == (120, 80)
     assert (tinylm["learning_rate"], llm["learning_rate"]) == (0.03, 0.06)
     FineTuningRecipe.from_dict(FineTuningRecipe(**llm).to_dict())
-    assert (PRESETS["full"].shadow_runs, PRESETS["quick"].shadow_runs) == (560, 196)
+    assert (PRESETS["full"].shadow_runs, PRESETS["quick"].shadow_runs) == (560, 140)

@@ -1,0 +1,208 @@
+"""How far a client's delta lies from the shadow deltas that a mapper has learned from.
+
+A mapper that is fed what no shadow resembles still answers, fluently and wrongly. The report says how far away the
+client is, in units that held-out shadow runs define: a shift of 1 is what 5 % of them exceed.
+
+Shape legend: N training shadows, M held-out shadows, C clients, X values of a source delta, K leading directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ..adapters.io import read_json, resolve_folder, save_tensors_atomic, write_json_atomic
+from ..constants import FORMAT_VERSION, SHIFT_NAME, SHIFT_TENSORS_NAME
+from ..errors import DeltaDatasetError, IncompleteArtifactError, UsageError
+
+
+# Fewer training runs say nothing of what lies between them.
+MINIMUM_SHADOWS = 4
+ENERGY = 0.95
+MAX_DIRECTIONS = 64
+QUANTILE = 0.95
+
+
+@dataclass(frozen=True)
+class ShiftReport:
+    """Where one delta lies.
+
+    Args:
+        shift (`float`): `distance` over the 95 % quantile of held-out shadow runs: at most about 1 for a delta like
+            the shadows'.
+        quantile (`float`): share of held-out shadow runs that lie nearer, from 0 to 1.
+        distance (`float`): to the nearest training shadow within the leading directions, and to these directions, in
+            RMS of the training deltas.
+        mahalanobis (`float`): distance to the mean shadow in standard deviations of the leading directions, over the
+            square root of their number. Shown beside: it does not see a new task that lies between old ones.
+        num_heldout (`int`): held-out runs that the quantile rests on.
+    """
+
+    shift: float
+    quantile: float
+    distance: float
+    mahalanobis: float
+    num_heldout: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def describe(self) -> str:
+        return (
+            f"shift {self.shift:.2f} (farther than {self.quantile:.0%} of {self.num_heldout} held-out shadow runs; "
+            f"Mahalanobis distance {self.mahalanobis:.2f})"
+        )
+
+
+class ShiftReference:
+    """The training shadows as a client's delta is compared with them.
+
+    Args:
+        tensors (`dict[str, torch.Tensor]`): `mean` (X,), `inverse_scale` (X,), `directions` (K, X), `deviations` (K,),
+            `shadows` (N, K), `heldout` (M,).
+
+    Build one with [`~ShiftReference.fit`].
+    """
+
+    _NAMES = ("mean", "inverse_scale", "directions", "deviations", "shadows", "heldout")
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        if set(tensors) != set(self._NAMES):
+            raise IncompleteArtifactError(
+                "Not a reference of shadow deltas.", expected=sorted(self._NAMES), found=sorted(tensors)
+            )
+        self.tensors = {name: tensor.double() for name, tensor in tensors.items()}
+
+    @classmethod
+    def fit(
+        cls, train_NX: torch.Tensor, heldout_MX: torch.Tensor, *, widths: Sequence[int] | None = None
+    ) -> ShiftReference:
+        """Learn directions from training shadows, and the scale of distances from held-out runs.
+
+        Args:
+            train_NX (`torch.Tensor`): TinyLM deltas of the training runs.
+            heldout_MX (`torch.Tensor`): those of runs that the mapper was not trained on.
+            widths (`Sequence[int]`, *optional*): widths of the blocks, each of which is scaled by its own RMS.
+
+        Raises:
+            [`DeltaDatasetError`]: too few runs, or deltas that do not vary.
+        """
+        if len(train_NX) < MINIMUM_SHADOWS or len(heldout_MX) < 1 or train_NX.shape[1:] != heldout_MX.shape[1:]:
+            raise DeltaDatasetError(
+                "A shift cannot be measured with so few shadow runs.",
+                expected=f"at least {MINIMUM_SHADOWS} training and 1 held-out delta of one size",
+                found=f"{tuple(train_NX.shape)}, {tuple(heldout_MX.shape)}",
+            )
+        mean_X = train_NX.double().mean(dim=0)
+        centred_NX = train_NX.double() - mean_X
+        scales = [part.square().mean().sqrt() for part in centred_NX.split(list(widths or [train_NX.shape[1]]), dim=1)]
+        sizes = widths or [train_NX.shape[1]]
+        inverse_X = torch.cat(
+            [
+                torch.full((size,), float(1 / scale) if scale > 0 else 0.0)
+                for size, scale in zip(sizes, scales, strict=True)
+            ]
+        ).double()
+        standard_NX = centred_NX * inverse_X
+        _, singular, directions = torch.linalg.svd(standard_NX, full_matrices=False)
+        energy = singular.square().cumsum(0) / singular.square().sum()
+        if not torch.isfinite(energy[-1]):
+            raise DeltaDatasetError("The shadow deltas are all the same.", expected="deltas that vary", found="none")
+        # With as many directions as a quarter of the runs, their deviations can still be told from chance.
+        count = max(1, min(int((energy < ENERGY).sum()) + 1, MAX_DIRECTIONS, len(train_NX) // 4))
+        directions_KX = directions[:count]
+        leading_NK = standard_NX @ directions_KX.T
+        reference = cls(
+            {
+                "mean": mean_X,
+                "inverse_scale": inverse_X,
+                "directions": directions_KX,
+                "deviations": leading_NK.std(dim=0).clamp(min=1e-12),
+                "shadows": leading_NK,
+                "heldout": torch.zeros(1),
+            }
+        )
+        reference.tensors["heldout"] = reference._distances(heldout_MX)[0].sort().values
+        return reference
+
+    def measure(self, deltas_CX: torch.Tensor) -> list[ShiftReport]:
+        """A report for each delta, `(C, numel)`.
+
+        Raises:
+            [`UsageError`]: deltas of another size.
+        """
+        if deltas_CX.dim() != 2 or deltas_CX.shape[1] != len(self.tensors["mean"]):
+            raise UsageError(
+                "The deltas do not fit the shadows.",
+                expected=f"(clients, {len(self.tensors['mean'])})",
+                found=tuple(deltas_CX.shape),
+            )
+        heldout_M = self.tensors["heldout"]
+        unit = float(heldout_M.quantile(QUANTILE).clamp(min=1e-12))
+        distances_C, mahalanobis_C = self._distances(deltas_CX)
+        return [
+            ShiftReport(
+                shift=float(distance) / unit,
+                quantile=float((heldout_M < distance).double().mean()),
+                distance=float(distance),
+                mahalanobis=float(mahalanobis),
+                num_heldout=len(heldout_M),
+            )
+            for distance, mahalanobis in zip(distances_C, mahalanobis_C, strict=True)
+        ]
+
+    def _coordinates(self, deltas_CX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Leading coordinates, (C, K), and the norm of the rest, (C,), both in RMS of the training deltas."""
+        standard_CX = (deltas_CX.double() - self.tensors["mean"]) * self.tensors["inverse_scale"]
+        leading_CK = standard_CX @ self.tensors["directions"].T
+        return leading_CK, (standard_CX - leading_CK @ self.tensors["directions"]).norm(dim=1)
+
+    def _distances(self, deltas_CX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        leading_CK, rest_C = self._coordinates(deltas_CX)
+        nearest_C = torch.stack([(self.tensors["shadows"] - row_K).norm(dim=1).min() for row_K in leading_CK])
+        mahalanobis_C = (leading_CK / self.tensors["deviations"]).norm(dim=1) / leading_CK.shape[1] ** 0.5
+        return (nearest_C.square() + rest_C.square()).sqrt(), mahalanobis_C
+
+    # Files
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `shift.safetensors` and, last, `shift.json`, beside a mapper."""
+        folder = Path(save_directory)
+        save_tensors_atomic(folder / SHIFT_TENSORS_NAME, {name: value.float() for name, value in self.tensors.items()})
+        facts = {"num_shadows": len(self.tensors["shadows"]), "num_heldout": len(self.tensors["heldout"])}
+        write_json_atomic(folder / SHIFT_NAME, {"format_version": FORMAT_VERSION, **facts})
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> ShiftReference | None:
+        """The reference in a local folder, `None` where there is none (mappers of version 0.1.0)."""
+        folder = Path(folder)
+        if not (folder / SHIFT_NAME).is_file():
+            return None
+        read_json(folder / SHIFT_NAME)
+        path = folder / SHIFT_TENSORS_NAME
+        if not path.is_file():
+            raise IncompleteArtifactError("The shift reference lacks its tensors.", path=path, expected=path.name)
+        return cls(load_file(path))
+
+
+def load_shift_reference(mapper: str | Path, **hub_kwargs: Any) -> ShiftReference | None:
+    """The reference beside a mapper, in a folder or on the Hub; `None` where there is none.
+
+    Args:
+        mapper (`str` or `Path`): the mapper's folder or repository.
+        hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
+    """
+    return ShiftReference.from_folder(
+        resolve_folder(mapper, allow_patterns=(SHIFT_NAME, SHIFT_TENSORS_NAME), **hub_kwargs)
+    )
+
+
+def area_under_roc(inside: Sequence[float], outside: Sequence[float]) -> float:
+    """Probability that a value of `outside` exceeds one of `inside`; ties count half."""
+    pairs = [(low, high) for low in inside for high in outside]
+    return sum(1.0 if high > low else 0.5 if high == low else 0.0 for low, high in pairs) / len(pairs)

@@ -1,0 +1,80 @@
+"""Statements of differential privacy: facts, words, and how several add up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from grad_transformer.adapters.privacy import PrivacyStatement, compose_statements, statement_of
+from grad_transformer.errors import AdapterFormatError
+
+
+STATEMENT = PrivacyStatement(
+    epsilon=0.987,
+    delta=1e-5,
+    accountant="prv",
+    epsilon_rdp=1.2,
+    noise_multiplier=1.7,
+    max_grad_norm=0.5,
+    sample_rate=0.0625,
+    expected_batch_size=16,
+    steps=120,
+    planned_steps=120,
+    target_epsilon=1.0,
+)
+
+
+def test_statement_survives_json_and_its_words_are_never_taken_over():
+    data = json.loads(json.dumps(STATEMENT.to_dict()))
+    data["statement"] = "trust me"
+    assert PrivacyStatement.from_dict(data) == STATEMENT
+    assert statement_of({"differential_privacy": data}) == STATEMENT
+    assert statement_of({"differential_privacy": None}) is None
+
+
+def test_words_say_every_fact_that_a_reader_must_sign():
+    text = STATEMENT.to_markdown()
+    for fact in ("0.987", "1e-05", "0.0625", "120", "1.7", "0.5", "PRV", "adding or removing one example", "Poisson"):
+        assert fact in text
+    for limit in ("trying several", "Other releases", "Several examples of one person"):
+        assert limit in text
+    assert "Early stopping" not in text
+    stopped = dataclasses.replace(STATEMENT, early_stopping_on_private_data=True)
+    assert "Early stopping on private rows" in stopped.to_markdown()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epsilon", -1.0),
+        ("epsilon", float("inf")),
+        ("epsilon", 10**400),
+        ("epsilon", "1"),
+        ("epsilon", None),
+        ("delta", 1.0),
+        ("sample_rate", 2.0),
+        ("steps", 1.5),
+        ("steps", True),
+        ("accountant", "x" * 100),
+    ],
+)
+def test_a_malformed_statement_is_refused(name, value):
+    with pytest.raises(AdapterFormatError):
+        PrivacyStatement.from_dict({**STATEMENT.to_dict(), name: value})
+
+
+def test_disjoint_clients_compose_in_parallel_and_others_in_sequence():
+    other = dataclasses.replace(STATEMENT, epsilon=3.0, delta=1e-6)
+    parallel = compose_statements([STATEMENT, other], disjoint_clients=True)
+    assert (parallel["epsilon"], parallel["delta"], parallel["composition"]) == (3.0, 1e-5, "parallel")
+    sequential = compose_statements([STATEMENT, other])
+    assert sequential["epsilon"] == pytest.approx(3.987) and sequential["delta"] == pytest.approx(1.1e-5)
+    assert "post-processing" in sequential["statement"] and "not verified" in sequential["statement"]
+
+
+def test_one_client_without_a_statement_leaves_no_bound():
+    assert compose_statements([None, None]) is None
+    mixed = compose_statements([STATEMENT, None], disjoint_clients=True)
+    assert mixed["epsilon"] is None and "No bound" in mixed["statement"]

@@ -1,0 +1,357 @@
+"""DP-SGD: gradients, noise, sampling and epsilon against slow or independent computations; refusals; resuming."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import dp_accounting
+import pytest
+import torch
+from datasets import Dataset
+from dp_accounting.pld import pld_privacy_accountant
+from opacus.accountants import PRVAccountant
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from grad_transformer import LoraDeltaTokenizer
+from grad_transformer.adapters.privacy import statement_of
+from grad_transformer.client.mechanism import (
+    PerExampleClipping,
+    PoissonBatchSampler,
+    check_trainable,
+    epsilon_of,
+    noise_multiplier_for,
+    secret_generator,
+)
+from grad_transformer.client.private import finetune_client_privately
+from grad_transformer.client.trainer import PrivacyArguments, PrivateSFTTrainer, example_losses
+from grad_transformer.errors import IncompleteArtifactError, RecipeError, UsageError
+from grad_transformer.finetuning import FineTuningRecipe, attach_root, read_adapter_tensors
+from grad_transformer.lab import make_lab_tokenizer
+from tests.worlds import moved, tiny_root
+
+
+TOKENIZER = make_lab_tokenizer()
+RECIPE = FineTuningRecipe(max_steps=4, warmup_steps=0, learning_rate=1e-2, per_device_batch_size=4, max_length=32)
+NO_NOISE = {"delta": 1e-5, "noise_multiplier": 0.0, "known_seed": 0}
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tiny_root(tmp_path)
+
+
+@pytest.fixture
+def model(root, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64).requires_grad_(False)
+    peft_model = attach_root(base, root).double()
+    values = root.layout.unflatten(moved(root).flat())
+    peft_model.load_state_dict(
+        {name.replace(".weight", ".default.weight"): v for name, v in values.items()}, strict=False
+    )
+    return peft_model
+
+
+def make_batch(count: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Examples of different lengths, with different numbers of completion tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(5, 12, (count,), generator=generator)
+    ids = torch.randint(2, 32, (count, 12), generator=generator)
+    mask = (torch.arange(12)[None] < lengths[:, None]).long()
+    starts = torch.randint(1, 4, (count,), generator=generator)
+    labels = ids.masked_fill((mask == 0) | (torch.arange(12)[None] < starts[:, None]), -100)
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+
+
+def make_rows(count: int) -> Dataset:
+    batch = make_batch(count)
+    rows = [
+        {"input_ids": ids[mask > 0].tolist(), "labels": labels[mask > 0].tolist()}
+        for ids, mask, labels in zip(*batch.values(), strict=True)
+    ]
+    return Dataset.from_list(rows)
+
+
+def make_trainer(model: Any, folder: Path, rows: Dataset | None = None, **changes: Any) -> PrivateSFTTrainer:
+    privacy = changes.pop("privacy", PrivacyArguments(**{"batch_size": 4, **NO_NOISE}))
+    settings = {"per_device_train_batch_size": 4, "max_grad_norm": 0.0, "gradient_accumulation_steps": 1}
+    trainer_arguments = {name: changes.pop(name) for name in ("callbacks", "eval_dataset") if name in changes}
+    args = RECIPE.to_sft_config(folder, seed=0, **{**settings, **changes})
+    rows = make_rows(16) if rows is None else rows
+    return PrivateSFTTrainer(
+        model, args, train_dataset=rows, processing_class=TOKENIZER, privacy=privacy, **trainer_arguments
+    )
+
+
+# Gradients
+
+
+def clipped_sum_by_a_loop(model: Any, batch: dict[str, torch.Tensor], max_norm: float) -> list[torch.Tensor]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    total = [torch.zeros_like(parameter) for parameter in parameters]
+    for index in range(len(batch["input_ids"])):
+        length = int(batch["attention_mask"][index].sum())
+        example = {name: value[index : index + 1, :length] for name, value in batch.items()}
+        gradients = torch.autograd.grad(example_losses(model, example).sum(), parameters)
+        norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+        for part, gradient in zip(total, gradients, strict=True):
+            # Opacus adds 1e-6 to the norm: it clips to a little less than the clipping norm, never to more.
+            part += gradient * min(1.0, max_norm / (float(norm) + 1e-6))
+    return total
+
+
+@pytest.mark.parametrize("physical", [1, 3, 7, 100])
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("max_norm", [0.05, 1e6])
+def test_clipped_gradients_equal_a_loop_of_single_examples_for_any_split(model, tmp_path, mode, physical, max_norm):
+    batch = make_batch(7)
+    expected = clipped_sum_by_a_loop(model, batch, max_norm)
+    privacy = PrivacyArguments(**NO_NOISE, max_grad_norm=max_norm, gradients=mode)
+    trainer = make_trainer(model, tmp_path / "t", per_device_train_batch_size=physical, privacy=privacy)
+    trainer._clipping = PerExampleClipping(model, mode=mode, max_grad_norm=max_norm)
+    trainer.expected_batch_size = 1
+    model.enable_input_require_grads()
+    optimizer = trainer.create_optimizer()
+    trainer.training_step(model, batch)
+    optimizer.pre_step()
+    found = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7 * max(float(theirs.abs().max()), 1e-9) + 1e-9)
+
+
+def test_the_loss_of_an_example_does_not_depend_on_the_others(model):
+    batch = make_batch(5)
+    alone = [example_losses(model, {name: value[i : i + 1] for name, value in batch.items()}) for i in range(5)]
+    torch.testing.assert_close(example_losses(model, batch), torch.cat(alone))
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_noise_has_its_nominal_variance_also_on_an_empty_batch(model, tmp_path, mode):
+    privacy = PrivacyArguments(
+        delta=1e-5, noise_multiplier=1.7, max_grad_norm=0.3, batch_size=8, gradients=mode, known_seed=0
+    )
+    trainer = make_trainer(model, tmp_path / "t", privacy=privacy)
+    trainer._clipping = PerExampleClipping(model, mode=mode, max_grad_norm=0.3)
+    optimizer = trainer.create_optimizer()
+    empty = {name: value[:0] for name, value in make_batch(1).items()}
+    noise = []
+    for _ in range(100):
+        trainer.training_step(model, empty)
+        optimizer.pre_step()
+        noise += [parameter.grad.flatten().clone() for parameter in model.parameters() if parameter.requires_grad]
+    measured = torch.cat(noise) * 8
+    assert len(measured) > 20_000
+    assert float(measured.var()) == pytest.approx((1.7 * 0.3) ** 2, rel=0.02)
+    assert abs(float(measured.mean())) < 0.02
+    assert trainer.history == [(1.7, 0.5, 100)]
+
+
+def test_one_example_moves_the_sum_by_no_more_than_the_clipping_norm(model, tmp_path):
+    trainer = make_trainer(model, tmp_path / "t", privacy=PrivacyArguments(**NO_NOISE, max_grad_norm=0.02))
+    trainer._clipping = PerExampleClipping(model, mode="hooks", max_grad_norm=0.02)
+    trainer.expected_batch_size = 1
+    model.enable_input_require_grads()
+    optimizer = trainer.create_optimizer()
+    sums = []
+    for batch in (make_batch(6), {name: value[:5] for name, value in make_batch(6).items()}):
+        trainer.training_step(model, batch)
+        optimizer.pre_step()
+        sums.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert 0 < float((sums[0] - sums[1]).norm()) <= 0.02 * (1 + 1e-6)
+
+
+# Sampling and accounting
+
+
+def test_batches_are_poisson_samples_and_some_are_empty():
+    sampler = PoissonBatchSampler(50, 0.04, 4000, secret_generator(seed=0))
+    batches = list(sampler)
+    sizes = torch.tensor([len(batch) for batch in batches], dtype=torch.float64)
+    assert float(sizes.mean()) == pytest.approx(2.0, rel=0.05)
+    assert float(sizes.var()) == pytest.approx(50 * 0.04 * 0.96, rel=0.1)
+    assert float((sizes == 0).double().mean()) == pytest.approx(0.96**50, rel=0.15)
+    counts = torch.bincount(torch.tensor([row for batch in batches for row in batch]), minlength=50)
+    assert counts.min() > 100 and counts.max() < 230
+
+
+@pytest.mark.parametrize(("noise", "rate", "steps"), [(0.8, 0.0625, 120), (1.1, 0.01, 1000)])
+def test_epsilon_equals_opacus_and_an_independent_accountant_within_one_percent(noise, rate, steps):
+    ours = epsilon_of([(noise, rate, steps)], 1e-5)
+    opacus = PRVAccountant()
+    opacus.history = [(noise, rate, steps)]
+    independent = pld_privacy_accountant.PLDAccountant()
+    event = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
+    independent.compose(event, steps)
+    assert ours == pytest.approx(opacus.get_epsilon(1e-5), rel=0.01, abs=0.01)
+    assert ours == pytest.approx(independent.get_epsilon(1e-5), rel=0.01)
+    assert ours <= epsilon_of([(noise, rate, steps)], 1e-5, "rdp")
+
+
+@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+def test_the_noise_spends_the_budget_and_no_more(accountant):
+    noise = noise_multiplier_for(6.0, 1e-5, sample_rate=0.1, steps=10, accountant=accountant)
+    assert 6.0 * 0.985 < epsilon_of([(noise, 0.1, 10)], 1e-5, accountant) <= 6.0
+
+
+# The trainer
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_physical_batches_and_modes_train_the_same_adapter_and_leave_no_hooks(root, model, tmp_path, mode):
+    results = []
+    for number, physical in enumerate((2, 16)):
+        model.load_state_dict(
+            {k.replace(".weight", ".default.weight"): v.double() for k, v in root.adapter.tensors.items()},
+            strict=False,
+        )
+        privacy = PrivacyArguments(
+            delta=1e-5, noise_multiplier=0.9, max_grad_norm=0.1, batch_size=3, gradients=mode, known_seed=5
+        )
+        trainer = make_trainer(model, tmp_path / str(number), per_device_train_batch_size=physical, privacy=privacy)
+        trainer.train()
+        results.append(root.layout.flatten(read_adapter_tensors(model, root=root), dtype=torch.float64))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-8)
+    assert (results[0] - root.adapter.flat(dtype=torch.float64)).norm() > 0
+    assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
+    assert not any(hasattr(parameter, "grad_sample") for parameter in model.parameters())
+
+
+def test_epsilon_is_for_the_steps_really_taken_also_after_an_interruption(root, model, tmp_path):
+    privacy = PrivacyArguments(delta=1e-5, noise_multiplier=1.0, batch_size=4, accountant="rdp")
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    folder = tmp_path / "checkpoints"
+    saving = {"save_strategy": "steps", "save_steps": 1, "privacy": privacy}
+    trainer = make_trainer(model, folder, callbacks=[Interrupt()], **saving)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.privacy_statement().steps == 3
+    checkpoint = get_last_checkpoint(folder)
+    assert checkpoint is not None and checkpoint.endswith("checkpoint-2")
+    assert not list(folder.rglob("training_args.bin"))
+    resumed = make_trainer(model, folder, **saving)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    statement = resumed.privacy_statement()
+    assert (statement.steps, statement.planned_steps) == (4, 4)
+    assert statement.epsilon == pytest.approx(epsilon_of([(1.0, 0.25, 4)], 1e-5, "rdp"))
+    (Path(checkpoint) / "privacy_accounting.json").unlink()
+    with pytest.raises(IncompleteArtifactError):
+        make_trainer(model, folder, **saving).train(resume_from_checkpoint=checkpoint)
+
+
+def test_early_stopping_on_private_rows_is_refused_unless_told(model, tmp_path):
+    with pytest.raises(UsageError, match="not covered by the privacy bound"):
+        make_trainer(model, tmp_path / "a", callbacks=[EarlyStoppingCallback(1)])
+    trainer = make_trainer(model, tmp_path / "b")
+    with pytest.raises(UsageError):
+        trainer.add_callback(EarlyStoppingCallback)
+    told = PrivacyArguments(
+        delta=1e-5, noise_multiplier=1.0, batch_size=4, allow_early_stopping=True, accountant="rdp"
+    )
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_loss"}
+    trainer = make_trainer(
+        model,
+        tmp_path / "c",
+        privacy=told,
+        callbacks=[EarlyStoppingCallback(1, 100.0)],
+        eval_dataset=make_rows(4),
+        **settings,
+    )
+    trainer.train()
+    statement = trainer.privacy_statement()
+    assert statement.steps < statement.planned_steps
+    assert "Early stopping on private rows" in statement.to_markdown()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_grad_norm": 1.0}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}]
+)
+def test_settings_that_would_change_the_mechanism_are_refused(model, tmp_path, wrong):
+    with pytest.raises(UsageError, match="does not fit DP-SGD"):
+        make_trainer(model, tmp_path / "t", **wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"delta": 1e-5},
+        {"delta": 1e-5, "epsilon": 1.0, "noise_multiplier": 1.0},
+        {"delta": 0.0, "epsilon": 1.0},
+        {"delta": 1e-5, "epsilon": -1.0},
+        {"delta": 1e-5, "epsilon": 1.0, "max_grad_norm": 0.0},
+    ],
+)
+def test_privacy_arguments_out_of_range_are_refused(wrong):
+    with pytest.raises(UsageError):
+        PrivacyArguments(**wrong)
+
+
+def test_layers_without_gradients_of_single_examples_are_refused():
+    with pytest.raises(RecipeError):
+        check_trainable(torch.nn.Sequential(torch.nn.Embedding(3, 2)))
+
+
+def test_without_noise_there_is_no_statement(model, tmp_path):
+    trainer = make_trainer(model, tmp_path / "t")
+    trainer.train()
+    with pytest.raises(UsageError, match="no privacy bound"):
+        trainer.privacy_statement()
+
+
+# The client
+
+
+@pytest.fixture
+def client(root, tmp_path):
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    tokenizer = LoraDeltaTokenizer(root, recipe=RECIPE.to_dict())
+    rows = [{"prompt": f"?1 ?2 {i:06d} >", "completion": f"{i * 7 % 10**6:06d}"} for i in range(12)]
+    return tokenizer, rows
+
+
+def test_a_client_writes_its_bound_into_metadata_and_card(client, tmp_path):
+    tokenizer, rows = client
+    adapter, result, statement = finetune_client_privately(
+        tokenizer,
+        rows,
+        tmp_path / "out",
+        privacy=PrivacyArguments(epsilon=6.0, delta=1e-3, batch_size=4, accountant="rdp"),
+    )
+    assert len(result.losses) == 4
+    assert 5.9 < statement.epsilon <= 6.0 and statement.sample_rate == pytest.approx(1 / 3)
+    assert statement_of(adapter.metadata) == statement
+    stored = json.loads((tmp_path / "out" / "grad_transformer.json").read_text())
+    assert "num_examples" not in stored and stored["differential_privacy"]["adjacency"] == "add_or_remove_one_example"
+    assert statement.statement() in (tmp_path / "out" / "README.md").read_text()
+    assert tokenizer.delta(tmp_path / "out").norm() > 0
+
+
+def test_a_client_resumes_from_its_checkpoints(client, tmp_path):
+    tokenizer, rows = client
+    privacy = PrivacyArguments(noise_multiplier=1.0, delta=1e-3, batch_size=4, accountant="rdp")
+    arguments = {"privacy": privacy, "checkpoint_dir": tmp_path / "checkpoints"}
+    finetune_client_privately(tokenizer, rows, tmp_path / "a", **arguments)
+    _, result, statement = finetune_client_privately(tokenizer, rows, tmp_path / "b", **arguments)
+    assert statement.steps == 4 and result.losses == []
+
+
+def test_the_command_says_epsilon_and_refuses_half_a_budget(client, tmp_path, run_cli, monkeypatch):
+    tokenizer, rows = client
+    tokenizer.save_pretrained(tmp_path / "mapper" / "source")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ("client", "--mapper", tmp_path / "mapper", "--data", data, "--output_dir", tmp_path / "out", "--json")
+    outcome = run_cli(*common, "--dp_epsilon", 6, "--dp_delta", 1e-3, "--dp_batch_size", 4, "--dp_accountant", "rdp")
+    assert outcome.code == 0, outcome.stderr
+    assert 5.9 < outcome.json["privacy"]["epsilon"] <= 6
+    assert run_cli(*common, "--dp_epsilon", 6).json["error"] == "UsageError"
+    assert run_cli(*common, "--dp_delta", 1e-3).json["error"] == "UsageError"
+    stopping = ("--early_stopping_patience", 1, "--eval_data", data)
+    refused = run_cli(*common, "--dp_epsilon", 6, "--dp_delta", 1e-3, "--dp_accountant", "rdp", *stopping)
+    assert refused.json["error"] == "UsageError" and "Early stopping" in refused.json["message"]
