@@ -69,7 +69,7 @@ class GenerateArguments:
     max_shift: float | None = field(
         default=None,
         metadata={
-            "help": "Refuse clients that lie farther from the shadows: 1 is what one in twenty held-out shadow runs exceeds."
+            "help": "Refuse clients that lie farther from the shadows; one in twenty held-out shadow runs exceeds 1."
         },
     )
     disjoint_clients: bool = field(
