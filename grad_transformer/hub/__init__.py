@@ -3,7 +3,7 @@
 from .kinds import KINDS, RepoKind
 from .push import pull_folder, push_delta_dataset, push_folder
 from .repos import ALLOWED_PATTERNS, Published, publish
-from .resolve import Fetched, Origin, fetch, resolve, resolve_folder, split_revision
+from .revisions import Fetched, Origin, fetch, resolve, resolve_folder, split_revision
 
 
 __all__ = [

@@ -288,6 +288,4 @@ def _shift_words(shifts: Any) -> str:
     if not known:
         return "not measured."
     listed = ", ".join(f"{shift:.2f}" for shift in known)
-    return (
-        f"shift {listed}; 1 is what one in twenty held-out shadow runs exceeds; far above it, it guesses."
-    )
+    return f"shift {listed}; 1 is what one in twenty held-out shadow runs exceeds; far above it, it guesses."

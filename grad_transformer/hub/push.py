@@ -15,7 +15,7 @@ from .cards import card_files
 from .kinds import KINDS, RepoKind, files_of, find_kind
 from .public import public_files
 from .repos import Published, publish
-from .resolve import fetch, split_revision
+from .revisions import fetch, split_revision
 
 
 logger = logging.get_logger(__name__)

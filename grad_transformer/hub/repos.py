@@ -18,7 +18,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from ..constants import CARD_NAME
 from ..errors import HubError, UsageError
-from .resolve import file_sha256, git_blob_sha, git_file_sha
+from .revisions import file_sha256, git_blob_sha, git_file_sha
 from .transfer import MAX_TRIES, TRANSFER_ERRORS, call_hub, hub_error, status_of, wait_or_raise
 
 

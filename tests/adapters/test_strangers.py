@@ -124,7 +124,7 @@ def test_nothing_that_a_stranger_names_is_imported_or_downloaded(folder, tokeniz
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("downloaded"))
-    monkeypatch.setattr("grad_transformer.hub.resolve.snapshot_download", lambda *_, **__: pytest.fail("downloaded"))
+    monkeypatch.setattr("grad_transformer.hub.revisions.snapshot_download", lambda *_, **__: pytest.fail("downloaded"))
     tokenizer.delta(folder)
     LoraAdapter.from_pretrained(folder)
 
