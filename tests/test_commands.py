@@ -156,3 +156,26 @@ def test_bad_input_is_one_screen_and_exit_code_2(arguments: list[str], words: st
     assert outcome.stdout == ""
     assert words in outcome.stderr
     assert "Traceback" not in outcome.stderr
+
+
+def test_a_report_can_be_inspected(tmp_path: Path, run_cli: Any) -> None:
+    write_text_atomic(tmp_path / "report.json", '{"format_version": 1, "seed": 0, "blocks": {"cosine": [1.0]}}')
+    outcome = run_cli("inspect", tmp_path)
+    assert outcome.code == 0, outcome.stderr
+    assert "report" in outcome.stdout
+
+
+def test_paths_devices_and_dtypes_that_do_not_exist_are_said_so(tmp_path: Path, run_cli: Any) -> None:
+    generate = ["generate", "--mapper", "./nope", "--adapters", "x", "--output_dir", "o"]
+    write_text_atomic(tmp_path / "file.md", "text")
+    for arguments, words in (
+        (["inspect", "./nope"], "Neither a folder nor"),
+        (["inspect", tmp_path / "nope"], "no such entry"),
+        (["inspect", tmp_path / "file.md"], "a file"),
+        (generate, "Neither a folder nor"),
+        ([*generate, "--dtype", "foo"], "no such dtype"),
+        ([*generate, "--device", "foo"], "no such device"),
+    ):
+        outcome = run_cli(*arguments)
+        assert outcome.code == 2, outcome.stderr
+        assert words in outcome.stderr

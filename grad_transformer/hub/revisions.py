@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, is_offline_mode, snapshot_download
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
 from ..constants import ORIGIN_NAME
 from ..errors import HubError, UsageError
 from ..files import read_json, write_text_atomic
-from .transfer import call_hub, cannot_connect
+from .transfer import call_hub, cannot_connect, hub_error
 
 
 logger = logging.get_logger(__name__)
@@ -108,6 +110,7 @@ def fetch(
         repo_id, named = split_revision(name_or_path)
         if named is not None and revision is not None and named != revision:
             raise UsageError("Two revisions are given.", path=repo_id, expected="one", found=f"{named} and {revision}")
+        _check_repo_id(repo_id)
         patterns = [prefix + pattern for pattern in allow_patterns]
         cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
         origin = resolve(
@@ -138,6 +141,24 @@ def fetch(
             "There is no such folder in it.", path=name_or_path, found=subfolder, remedy="check `subfolder`"
         )
     return Fetched(folder, origin)
+
+
+def _check_repo_id(repo_id: str) -> None:
+    """Refuse what is plainly a path before the Hub is asked for it."""
+    path = Path(repo_id)
+    beside = str(path.parent) != "." and path.parent.is_dir()
+    if path.is_file() or beside:
+        raise UsageError(
+            "Neither a folder nor a Hub repository that can be reached.",
+            path=repo_id,
+            expected="an existing folder, or the id of a repository on the Hub",
+            found="a file" if path.is_file() else f"no such entry in {path.parent}",
+            remedy="check the spelling",
+        )
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise hub_error(error, repo_id) from error
 
 
 def resolve_folder(name_or_path: str | Path, *, allow_patterns: Sequence[str], **kwargs: Any) -> Path:

@@ -267,6 +267,23 @@ def _join_config_flag(argv: Sequence[str]) -> tuple[list[str], str | None]:
     return arguments, following[0]
 
 
+def check_device(device: str | None, dtype: str = "auto") -> None:
+    """Refuse names of devices and dtypes that torch does not know.
+
+    Raises:
+        [`UsageError`]
+    """
+    import torch
+
+    try:
+        if device is not None:
+            torch.device(device)
+    except RuntimeError as error:
+        raise UsageError("There is no such device.", expected="cpu, cuda, cuda:0, mps, ...", found=device) from error
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise UsageError("There is no such dtype.", expected="auto, float32, bfloat16, float16, ...", found=dtype)
+
+
 def emit(data: Mapping[str, Any], *, json_output: bool, text: str) -> None:
     """Print a result on stdout, on the main process only where several run (`accelerate launch`)."""
     if os.environ.get("RANK", "0") != "0":

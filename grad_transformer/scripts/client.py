@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ._common import CommandParser, CommandResult
+from ._common import CommandParser, CommandResult, check_device
 
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ def main(args: ClientArguments) -> CommandResult:
     from ..errors import UsageError
     from ..finetuning import load_rows
 
+    check_device(args.device, args.dtype)
     if (args.dp_epsilon is None) != (args.dp_delta is None):
         raise UsageError(
             "A privacy budget has two parts.",

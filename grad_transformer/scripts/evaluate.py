@@ -35,7 +35,7 @@ from ..finetuning import attach_root, load_base, load_rows
 from ..modeling_grad_transformer import GradTransformer
 from ..shadow import DeltaDataset, load_delta_dataset
 from ..training import evaluate_heldout
-from ._common import CommandParser, CommandResult
+from ._common import CommandParser, CommandResult, check_device
 
 
 _REQUIRED, _OPTIONAL = {"id", "adapter", "test_data"}, {"llm_adapter", "kind", "task"}
@@ -62,6 +62,7 @@ def make_parser() -> CommandParser:
 
 
 def main(args: EvaluateArguments) -> CommandResult:
+    check_device(args.device, args.dtype)
     entries = read_clients(args.clients)
     mapper = GradTransformer.from_pretrained(args.mapper)
     deltas = load_delta_dataset(args.dataset)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from ..adapters.aggregation import AGGREGATIONS
 from ..errors import UsageError
 from ..evaluation.shift import SHIFT_NAME, load_shift_reference
-from ._common import CommandParser, CommandResult
+from ._common import CommandParser, CommandResult, check_device
 
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def main(args: GenerateArguments) -> CommandResult:
     from ..adapters.privacy import STATEMENT_KEY
     from ..modeling_grad_transformer import GradTransformer
 
+    check_device(args.device, args.dtype)
     mapper = GradTransformer.from_pretrained(args.mapper, revision=args.mapper_revision, dtype=args.dtype)
     if args.device is not None:
         mapper.to(args.device)

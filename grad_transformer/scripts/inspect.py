@@ -173,10 +173,10 @@ def _items(value: list[Any] | dict[str, Any]) -> list[Any]:
 
 def render(data: Mapping[str, Any]) -> str:
     """The facts as lines, and the blocks of an adapter as a table."""
-    lines = {key: value for key, value in data.items() if key != "blocks" and value not in (None, [], {})}
+    blocks = data.get("blocks") if data.get("kind") in ("adapter", "root") else None
+    lines = {key: value for key, value in data.items() if value is not blocks and value not in (None, [], {})}
     width = max(map(len, lines))
     text = "\n".join(f"{key:<{width}}  {_render_value(value)}" for key, value in lines.items())
-    blocks = data.get("blocks")
     if not blocks:
         return text
     headers = ["block", "tensors", "width", "rank", "scaling", "dtype", "norm"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ._common import CommandParser, CommandResult, format_table
+from ._common import CommandParser, CommandResult, check_device, format_table
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ def main(args: ShadowArguments) -> CommandResult:
     from ..errors import UsageError
     from ..shadow import run_shadows, shadow_summary
 
+    check_device(args.device, args.dtype)
     if not set(args.roles) <= {"source", "target"}:
         raise UsageError("There is no such role.", expected="source, target", found=", ".join(args.roles))
     options = {"gradient_checkpointing": True} if args.gradient_checkpointing else {}
