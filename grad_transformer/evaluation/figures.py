@@ -262,19 +262,19 @@ def draw_training(training_log: Sequence[Mapping[str, Any]], heldout: HeldoutSco
         right.plot(steps, values, color=colour, label=label, marker="o", markersize=3)
     if heldout.r2_ceiling is not None:
         right.axhline(
-            heldout.r2_ceiling, color="#888888", linestyle="--", linewidth=1, label="ceiling: true task mean"
+            heldout.r2_ceiling, color="#888888", linestyle="--", linewidth=1, label="ceiling on the test runs"
         )
         last = f"{heldout.r2:.2f} of a ceiling of {heldout.r2_ceiling:.2f}"
     right.axhline(0.0, color="#333333", linewidth=0.8)
     # Early steps can lie far below 0; what matters is between the mean shadow and the truth.
     floor = min((value for line in right.lines for value in line.get_ydata()), default=0.0)
     right.set_ylim(max(-1.2, min(-0.1, 1.1 * floor)), 1.02)
-    right.set(xlabel="optimizer step", ylabel="R² around the mean shadow")
+    right.set(xlabel="optimizer step", ylabel="R² around the mean shadow, validation runs")
     for axes in (left, right):
         axes.grid(color="#EEEEEE")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8, frameon=False)
-    figure.suptitle(f"The mapper ends at a held-out R² of {last or format(heldout.r2, '.2f')}", fontsize=11)
+    figure.suptitle(f"On the test runs the mapper reaches R² {last or format(heldout.r2, '.2f')}", fontsize=11)
     return figure
 
 

@@ -114,7 +114,7 @@ class GradTransformerTrainingArguments(TrainingArguments):
         default=0.2,
         metadata={
             "help": "Train on mixtures of two pairs, weights from Beta(alpha, alpha); 0 (paper) switches it off. In "
-            "the lab it lifts R² on tasks left out of the shadows from 0.08 to 0.41."
+            "the lab (seed 0, one draw of five tasks left out of the shadows) it lifts their R² from 0.08 to 0.41."
         },
     )
     source_noise: float = field(
