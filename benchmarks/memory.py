@@ -2,12 +2,13 @@
 
     python -m benchmarks.memory --output memory.json
 
-For each shape and number of pairs a plan and its run files are written (random walks of ten snapshots for each run),
-then `build_delta_dataset` runs in one process, and loading, statistics, training with an evaluation on validation
-runs, and the held-out figures on test runs in another. The controls of a report, which compare with all shadows, are
-no part of it. Every 20 ms each process reads its own `RssAnon`: what it has allocated. Pages of memory-mapped files
-count as resident too while the system finds room for them, and are given back when it does not; the table shows the
-peak of both together (`RSS`) beside it.
+For each shape and number of pairs a plan and its run files are written (random walks of ten snapshots for each run).
+Then three processes run: `build_delta_dataset`; loading, statistics, training with an evaluation on validation runs,
+and held-out figures on test runs; and all of `grad-transformer train`, which also fits nearest shadow, the shift
+reference and ridge (whose matrices are at most 4,096 x 4,096: it grows up to that many pairs). Every 20 ms each
+process reads its own `RssAnon`: what it has allocated. Pages of memory-mapped files count as resident too while the
+system finds room for them, and are given back when it does not; the table shows the peak of both together (`RSS`)
+beside it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from benchmarks.lab import markdown
 from grad_transformer import Root, create_root
 from grad_transformer.finetuning import FineTuningRecipe
 from grad_transformer.finetuning.sft import SftResult
+from grad_transformer.scripts.train import train
 from grad_transformer.shadow import build_delta_dataset, load_delta_dataset, plan_shadows
 from grad_transformer.shadow.records import write_run
 from grad_transformer.training import (
@@ -123,12 +125,9 @@ def work(stage: str, folder: Path, steps: int) -> dict[str, float]:
     if stage == "build":
         build_delta_dataset(folder / "plan", folder / "deltas")
         return memory.read()
-    deltas = load_delta_dataset(folder / "deltas")
-    mapper = build_mapper(
-        deltas.splits["train"], deltas.source_root, deltas.target_root, MapperArguments(d_model=64, d_ff=128)
-    )
+    sizes = MapperArguments(d_model=64, d_ff=128)
     args = GradTransformerTrainingArguments(
-        output_dir=str(folder / "mapper"),
+        output_dir=str(folder / stage),
         max_steps=steps,
         eval_strategy="steps",
         save_strategy="steps",
@@ -137,6 +136,11 @@ def work(stage: str, folder: Path, steps: int) -> dict[str, float]:
         disable_tqdm=True,
         use_cpu=True,
     )
+    if stage == "command":
+        train(folder / "deltas", sizes, args)
+        return memory.read()
+    deltas = load_delta_dataset(folder / "deltas")
+    mapper = build_mapper(deltas.splits["train"], deltas.source_root, deltas.target_root, sizes)
     train_mapper(mapper, deltas.splits, args)
     return memory.read()
 
@@ -164,7 +168,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
                 write_runs(folder, shape, pairs)
-                for stage in ("build", "train"):
+                for stage in ("build", "train", "command"):
                     command = [sys.executable, "-m", "benchmarks.memory", "--stage", stage, name]
                     environment = {"HF_DATASETS_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
                     subprocess.run(

@@ -30,7 +30,7 @@ def main() -> None:
     }
     rows = [lab.rows(task, 256, 3000 + index) for index, task in enumerate([*tasks["seen"], *tasks["unseen"]])]
     deltas = lab.fine_tune("source", rows)
-    held_out = torch.cat([lab.deltas.pairs(name).source for name in lab.deltas.splits if name != "train"])
+    held_out = lab.deltas.pairs(*(name for name in lab.deltas.splits if name != "train")).source
     reference = ShiftReference.fit(lab.deltas.pairs("train").source, held_out, widths=lab.source.layout.widths)
     reports = reference.measure(deltas)
     seen, unseen = reports[: len(tasks["seen"])], reports[len(tasks["seen"]) :]

@@ -13,13 +13,17 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..adapters import LoraAdapter
-from ..adapters.statistics import r2_around_mean
+from ..adapters.statistics import RunningR2
 from ..finetuning import write_adapter_tensors
 from ..modeling_grad_transformer import GradTransformer
 from .controls import ShadowPredictor, control_deltas
 from .metrics import exact_match
 from .records import ClientReport, HeldoutScores
 from .scoring import Metric, completion_nll, score_rows
+
+
+# Held-out deltas that a control predicts at a time.
+_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -159,8 +163,17 @@ def score_heldout(
         r2_permuted_inputs=heldout.r2_permuted_inputs,
         r2_ceiling=heldout.r2_ceiling,
         controls={
-            name: r2_around_mean(predictor.predict(source_NX), target_NY, mean_Y)
+            name: _r2_of(predictor, source_NX, target_NY, mean_Y)
             for name, predictor in predictors.items()
             if name != "mean_shadow"
         },
     )
+
+
+def _r2_of(
+    predictor: ShadowPredictor, source_NX: torch.Tensor, target_NY: torch.Tensor, mean_Y: torch.Tensor
+) -> float:
+    running = RunningR2(mean_Y)
+    for some_BX, true_BY in zip(source_NX.split(_ROWS), target_NY.split(_ROWS), strict=True):
+        running.add(predictor.predict(some_BX), true_BY)
+    return running.value()

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from transformers.utils import logging
 
+from ..adapters.rows import block_inverse_scale, column_chunks, column_mean, evenly_spaced
 from ..errors import DeltaDatasetError, UsageError
 
 
@@ -56,7 +57,7 @@ class ShadowPredictor(ABC):
         weights_MN = self.weights(source_MX)
         shape = (len(weights_MN), self.target.shape[1])
         predicted_MY = torch.empty(shape, dtype=torch.float32, device=self.target.device)
-        for columns in _column_chunks(self.target):
+        for columns in column_chunks(self.target):
             predicted_MY[:, columns] = (weights_MN @ self.target[:, columns].to(torch.float64)).to(torch.float32)
         return predicted_MY
 
@@ -79,19 +80,13 @@ class ShadowPredictor(ABC):
         return predictor
 
     def _fit_scale(self, source_NX: torch.Tensor) -> None:
-        self.source_mean = _mean(source_NX)
+        self.source_mean = column_mean(source_NX)
         widths = self.source_widths or [source_NX.shape[1]]
         if sum(widths) != source_NX.shape[1]:
             raise UsageError(
                 "`source_widths` do not fit the source deltas.", expected=source_NX.shape[1], found=sum(widths)
             )
-        scales = []
-        for block_NX, mean_X in zip(source_NX.split(widths, 1), self.source_mean.split(widths), strict=True):
-            # A block that never moved (scale 0) says nothing of a delta: it is left out of the distance.
-            square = sum(float((row.to(torch.float64) - mean_X).square().sum()) for row in block_NX)
-            rms = (square / block_NX.numel()) ** 0.5
-            scales.append(torch.full_like(mean_X, 1.0 / rms if rms > 0 else 0.0))
-        self.source_inverse_scale = torch.cat(scales)
+        self.source_inverse_scale = block_inverse_scale(source_NX, self.source_mean, widths)
 
     def _standardise(self, source_MX: torch.Tensor) -> torch.Tensor:
         return (source_MX.to(torch.float64) - self.source_mean) * self.source_inverse_scale
@@ -104,7 +99,7 @@ class MeanShadow(ShadowPredictor):
 
     def fit(self, source_NX: torch.Tensor, target_NY: torch.Tensor) -> MeanShadow:
         _check_pairs(source_NX, target_NY)
-        self.target = _mean(target_NY)[None].to(torch.float32)
+        self.target = column_mean(target_NY)[None].to(torch.float32)
         return self
 
     def weights(self, source_MX: torch.Tensor) -> torch.Tensor:
@@ -148,8 +143,8 @@ class RidgeRegression(ShadowPredictor):
     Args:
         source_widths (`Sequence[int]`, *optional*): as in [`ShadowPredictor`].
         strengths (`Sequence[float]`, *optional*): grid to choose from; a single value needs no validation pairs.
-        max_rows (`int`, *optional*, defaults to 4096): of more training pairs, this many at even spacing are used;
-            time grows with their cube.
+        max_rows (`int`, *optional*, defaults to 4096): of more training pairs, at most this many at even spacing are
+            used; time grows with their cube, memory with their square.
     """
 
     _STATE = ("source", "target", "source_mean", "source_inverse_scale", "inverse_kernel", "strength")
@@ -188,9 +183,8 @@ class RidgeRegression(ShadowPredictor):
                 found=f"{len(self.strengths)} strengths",
             )
         if len(source_NX) > self.max_rows:
-            logger.warning(f"Ridge regression uses {self.max_rows} of {len(source_NX)} training pairs, evenly spaced.")
-            rows = torch.linspace(0, len(source_NX) - 1, self.max_rows, dtype=torch.float64).round().long()
-            source_NX, target_NY = source_NX[rows], target_NY[rows]
+            logger.warning(f"Ridge regression uses at most {self.max_rows} of {len(source_NX)} training pairs.")
+            source_NX, target_NY = (evenly_spaced(rows, self.max_rows) for rows in (source_NX, target_NY))
         self._fit_scale(source_NX)
         self.source, self.target = source_NX, target_NY
         kernel_NN = self._kernel(source_NX)
@@ -214,7 +208,7 @@ class RidgeRegression(ShadowPredictor):
 
     def _kernel(self, source_MX: torch.Tensor) -> torch.Tensor:
         kernel_MN = torch.zeros(len(source_MX), len(self.source), dtype=torch.float64, device=self.source.device)
-        for columns in _column_chunks(self.source):
+        for columns in column_chunks(self.source):
             mean, scale = self.source_mean[columns], self.source_inverse_scale[columns]
             left = (source_MX[:, columns].to(torch.float64) - mean) * scale
             kernel_MN += left @ ((self.source[:, columns].to(torch.float64) - mean) * scale).T
@@ -234,7 +228,7 @@ class RidgeRegression(ShadowPredictor):
         gram_NN = torch.zeros(size, size, dtype=torch.float64, device=self.target.device)
         cross_NM = torch.zeros(size, len(target_MY), dtype=torch.float64, device=self.target.device)
         total = 0.0
-        for columns in _column_chunks(self.target):
+        for columns in column_chunks(self.target):
             train = self.target[:, columns].to(torch.float64)
             mean = train.mean(0)
             train, held_out = train - mean, target_MY[:, columns].to(torch.float64) - mean
@@ -340,16 +334,6 @@ def control_deltas(
             deltas["other_client"] = generated_CY[other]
         controls.append(deltas)
     return controls
-
-
-def _column_chunks(rows_ND: torch.Tensor) -> list[slice]:
-    step = max(1, _CHUNK_VALUES // max(1, rows_ND.shape[0]))
-    return [slice(start, start + step) for start in range(0, rows_ND.shape[1], step)]
-
-
-def _mean(rows_ND: torch.Tensor) -> torch.Tensor:
-    # `mean(dtype=float64)` of the whole would hold a copy of it in float64.
-    return torch.cat([rows_ND[:, columns].to(torch.float64).mean(0) for columns in _column_chunks(rows_ND)])
 
 
 def _row_chunks(rows_ND: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..adapters.io import read_json, resolve_folder, save_tensors_atomic, write_json_atomic
+from ..adapters.rows import block_inverse_scale, column_chunks, column_mean, evenly_spaced
 from ..constants import FORMAT_VERSION, SHIFT_NAME, SHIFT_TENSORS_NAME
 from ..errors import DeltaDatasetError, IncompleteArtifactError, UsageError
 
@@ -26,6 +27,9 @@ MINIMUM_SHADOWS = 4
 ENERGY = 0.95
 MAX_DIRECTIONS = 64
 QUANTILE = 0.95
+# Of more training deltas, this many at even spacing give the directions; all of them give everything else.
+MAX_ROWS = 4096
+_CHUNK_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -98,35 +102,42 @@ class ShiftReference:
                 expected=f"at least {MINIMUM_SHADOWS} training and 1 held-out delta of one size",
                 found=f"{tuple(train_NX.shape)}, {tuple(heldout_MX.shape)}",
             )
-        mean_X = train_NX.double().mean(dim=0)
-        centred_NX = train_NX.double() - mean_X
-        scales = [part.square().mean().sqrt() for part in centred_NX.split(list(widths or [train_NX.shape[1]]), dim=1)]
-        sizes = widths or [train_NX.shape[1]]
-        inverse_X = torch.cat(
-            [
-                torch.full((size,), float(1 / scale) if scale > 0 else 0.0)
-                for size, scale in zip(sizes, scales, strict=True)
-            ]
-        ).double()
-        standard_NX = centred_NX * inverse_X
-        _, singular, directions = torch.linalg.svd(standard_NX, full_matrices=False)
-        energy = singular.square().cumsum(0) / singular.square().sum()
+        mean_X = column_mean(train_NX)
+        inverse_X = block_inverse_scale(train_NX, mean_X, widths or [train_NX.shape[1]])
+        leading_NX = evenly_spaced(train_NX, MAX_ROWS)
+        # The leading directions from the matrix of inner products: rows are few, values of a delta many.
+        kernel_NN = torch.zeros(len(leading_NX), len(leading_NX), dtype=torch.float64)
+        for columns in column_chunks(leading_NX):
+            part_NX = (leading_NX[:, columns].double() - mean_X[columns]) * inverse_X[columns]
+            kernel_NN += part_NX @ part_NX.T
+        squares, vectors_NN = torch.linalg.eigh(kernel_NN)
+        squares, vectors_NN = squares.flip(0).clamp(min=0), vectors_NN.flip(1)
+        energy = squares.cumsum(0) / squares.sum()
         if not torch.isfinite(energy[-1]):
             raise DeltaDatasetError("The shadow deltas are all the same.", expected="deltas that vary", found="none")
         # With as many directions as a quarter of the runs, their deviations can still be told from chance.
         count = max(1, min(int((energy < ENERGY).sum()) + 1, MAX_DIRECTIONS, len(train_NX) // 4))
-        directions_KX = directions[:count]
-        leading_NK = standard_NX @ directions_KX.T
+        combinations_KN = vectors_NN[:, :count].T / squares[:count, None].sqrt()
+        directions_KX = torch.cat(
+            [
+                combinations_KN @ ((leading_NX[:, columns].double() - mean_X[columns]) * inverse_X[columns])
+                for columns in column_chunks(leading_NX)
+            ],
+            dim=1,
+        )
         reference = cls(
             {
                 "mean": mean_X,
                 "inverse_scale": inverse_X,
                 "directions": directions_KX,
-                "deviations": leading_NK.std(dim=0).clamp(min=1e-12),
-                "shadows": leading_NK,
+                "deviations": torch.ones(count),
+                "shadows": torch.zeros(1, count),
                 "heldout": torch.zeros(1),
             }
         )
+        shadows_NK = reference._coordinates(train_NX)[0]
+        reference.tensors["shadows"] = shadows_NK
+        reference.tensors["deviations"] = shadows_NK.std(dim=0).clamp(min=1e-12)
         reference.tensors["heldout"] = reference._distances(heldout_MX)[0].sort().values
         return reference
 
@@ -158,9 +169,12 @@ class ShiftReference:
 
     def _coordinates(self, deltas_CX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Leading coordinates, (C, K), and the norm of the rest, (C,), both in RMS of the training deltas."""
-        standard_CX = (deltas_CX.double() - self.tensors["mean"]) * self.tensors["inverse_scale"]
-        leading_CK = standard_CX @ self.tensors["directions"].T
-        return leading_CK, (standard_CX - leading_CK @ self.tensors["directions"]).norm(dim=1)
+        leading, rest = [], []
+        for chunk_BX in deltas_CX.split(_CHUNK_ROWS):
+            standard_BX = (chunk_BX.double() - self.tensors["mean"]) * self.tensors["inverse_scale"]
+            leading.append(standard_BX @ self.tensors["directions"].T)
+            rest.append((standard_BX - leading[-1] @ self.tensors["directions"]).norm(dim=1))
+        return torch.cat(leading), torch.cat(rest)
 
     def _distances(self, deltas_CX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         leading_CK, rest_C = self._coordinates(deltas_CX)

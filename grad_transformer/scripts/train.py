@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..adapters.io import write_json_atomic
 from ..constants import HELDOUT_NAME, TRAINING_LOG_NAME
 from ..evaluation.clients import score_heldout
@@ -95,7 +93,7 @@ def train(
         controls = {f"r2_{name}": value for name, value in scores.controls.items()}
         data["heldout"] = {**heldout.to_dict(), **controls}
         if trainer.is_world_process_zero() and len(train_pairs.source) >= MINIMUM_SHADOWS:
-            unseen_runs = torch.cat([deltas.pairs(name).source for name in deltas.splits if name != "train"])
+            unseen_runs = deltas.pairs(*(name for name in deltas.splits if name != "train")).source
             shift = ShiftReference.fit(train_pairs.source, unseen_runs, widths=deltas.source_layout.widths)
             shift.save_pretrained(training_args.output_dir)
     if trainer.is_world_process_zero():

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -19,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ..adapters import LoraLayout, Root
 from ..adapters.io import atomic_write, read_json, write_json_atomic, write_text_atomic
+from ..adapters.rows import DeltaRows
 from ..constants import DELTA_DATASET_NAME, FORMAT_VERSION, PLAN_NAME
 from ..errors import DeltaDatasetError
 from ..hub import KINDS, Fetched, Origin, fetch
@@ -33,7 +33,7 @@ _ROW_GROUP_BYTES = 2**20
 
 @dataclass(frozen=True)
 class DeltaPairs:
-    """All pairs of a split: raw deltas `(N, numel)` float32, shadow run and task of each pair."""
+    """All pairs of one or more splits: raw deltas `(N, numel)` float32, shadow run and task of each pair."""
 
     source: torch.Tensor
     target: torch.Tensor
@@ -74,12 +74,12 @@ class DeltaDataset:
     def target_layout(self) -> LoraLayout:
         return self.target_root.layout
 
-    def pairs(self, split: str) -> DeltaPairs:
-        """All pairs of a split as tensors, straight from the Arrow buffers."""
-        rows = self.splits[split]
+    def pairs(self, *splits: str) -> DeltaPairs:
+        """All pairs of one or more splits as tensors, whose memory is files (see [`~DeltaRows.to_tensor`])."""
+        rows = datasets.concatenate_datasets([self.splits[split] for split in splits])
         return DeltaPairs(
-            source=_column(rows, "source_blocks"),
-            target=_column(rows, "target_blocks"),
+            source=DeltaRows(rows, "source_blocks").to_tensor(),
+            target=DeltaRows(rows, "target_blocks").to_tensor(),
             shadow_ids=list(rows["shadow_id"]),
             tasks=list(rows["task"]),
         )
@@ -272,13 +272,6 @@ def _run_table(
 def _write_groups(writer: pq.ParquetWriter, tables: list[pa.Table]) -> None:
     table = pa.concat_tables(tables)
     writer.write_table(table, row_group_size=max(1, _ROW_GROUP_BYTES * len(table) // table.nbytes))
-
-
-def _column(rows: datasets.Dataset, name: str) -> torch.Tensor:
-    """A column of fixed-size lists as `(N, length)`, without a Python object for each row."""
-    column = rows.with_format("arrow")[:][name].combine_chunks()
-    values = column.flatten().to_numpy(zero_copy_only=False)
-    return torch.from_numpy(np.array(values, dtype=np.float32).reshape(len(rows), -1))
 
 
 def _sha256(path: Path) -> str:

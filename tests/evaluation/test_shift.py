@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from grad_transformer.errors import DeltaDatasetError, UsageError
+from grad_transformer.evaluation import shift as shift_module
 from grad_transformer.evaluation.shift import ShiftReference, area_under_roc, load_shift_reference
 
 
@@ -79,3 +80,26 @@ def test_too_few_runs_and_other_sizes_are_refused(reference):
 
 def test_roc_counts_ties_half():
     assert area_under_roc([0.0, 1.0], [1.0, 2.0]) == 0.875
+
+
+def test_many_shadows_give_directions_by_a_part_of_them_and_distances_by_all(centres, reference, monkeypatch):
+    monkeypatch.setattr(shift_module, "MAX_ROWS", 40)
+    monkeypatch.setattr(shift_module, "_CHUNK_ROWS", 7)
+    eye = torch.eye(5, dtype=torch.bool)
+    part = ShiftReference.fit(clusters(centres[~eye], 8, 1), clusters(centres[~eye], 2, 2), widths=WIDTHS)
+    assert len(part.tensors["shadows"]) == 160
+    deltas = torch.cat([clusters(centres[~eye], 1, 3), clusters(centres[eye], 1, 4)])
+    assert torch.equal(part.tensors["mean"], reference.tensors["mean"])
+    for ours, theirs in zip(part.measure(deltas), reference.measure(deltas), strict=True):
+        assert (ours.shift > 1.2) == (theirs.shift > 1.2)
+
+
+def test_directions_are_the_leading_singular_vectors(centres, reference):
+    eye = torch.eye(5, dtype=torch.bool)
+    rows = clusters(centres[~eye], 8, 1).double()
+    standard = (rows - reference.tensors["mean"]) * reference.tensors["inverse_scale"]
+    directions = reference.tensors["directions"]
+    _, _, expected = torch.linalg.svd(standard, full_matrices=False)
+    assert torch.allclose(
+        (directions @ expected[: len(directions)].T).abs(), torch.eye(len(directions)).double(), atol=1e-6
+    )
