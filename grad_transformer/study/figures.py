@@ -28,12 +28,13 @@ _ABLATIONS = {
     "partitions": False,
     "targets": False,
 }
+# In the order of drawing: what is often reached lies below what reaches it.
 _CURVES = {
+    "llm_finetuned": ("LLM ft", "#0072B2"),
     "tinylm": ("TinyLM ft", "#56B4E9"),
     "generated": ("ours", "#D55E00"),
     "generated_noise": ("ours, noise in training", "#CC79A7"),
     "refined": ("ours, refined", "#009E73"),
-    "llm_finetuned": ("LLM ft", "#0072B2"),
 }
 
 
@@ -75,12 +76,11 @@ def _draw_main(experiment: Mapping[str, Any]) -> Figure:
             for part in found["seeds"].values():
                 if (seed := part["pgr"].get(method)) is not None:
                     axes.plot(_clip(seed), line, "o", color="#000000", markersize=3.2, zorder=3)
-            # Beside the bar, on the side where it does not end.
-            side = "right" if value >= 0 else "left"
-            axes.text(-3 if value >= 0 else 3, line, f"{value:.0f}", va="center", ha=side, fontsize=8)
+            # In a column of their own, where no dot of a seed can lie on them.
+            axes.text(_RANGE[1] + 20, line, f"{value:.0f}", va="center", ha="right", fontsize=8)
         for mark, style in ((0, "-"), (100, "--")):
             axes.axvline(mark, color="#444444", linestyle=style, linewidth=0.9, zorder=1)
-        axes.set_xlim(_RANGE[0] - 6, _RANGE[1] + 6)
+        axes.set_xlim(_RANGE[0] - 6, _RANGE[1] + 24)
         axes.set_ylim(len(methods) - 0.4, -0.6)
         labels = [METHODS[method].replace("*", "") for method in methods] if column == 0 else []
         axes.set_yticks(range(len(methods)) if column == 0 else [], labels, fontsize=9)
@@ -111,11 +111,11 @@ def _draw_ablations(experiments: Mapping[str, Any]) -> Figure:
 
 
 def _draw_panel(axes: Axes, lines: list[Any], *, style: str) -> None:
-    for method, (label, colour) in _CURVES.items():
+    for order, (method, (label, colour)) in enumerate(_CURVES.items()):
         values = [line["mean"]["scores"].get(method) for line in lines]
         if all(value is None for value in values):
             continue
-        axes.plot(range(len(lines)), values, style, color=colour, markersize=4, linewidth=1.2, label=label)
+        axes.plot(range(len(lines)), values, style, color=colour, markersize=6.5 - order, linewidth=1.2, label=label)
         for line_index, line in enumerate(lines):
             seeds = [part["scores"][method] for part in line["seeds"].values() if method in part["scores"]]
             axes.plot([line_index] * len(seeds), seeds, ".", color=colour, markersize=3, alpha=0.5)
