@@ -18,21 +18,19 @@ class RefinementArguments:
     num_prompts: int = field(default=1024, metadata={"help": "Public prompts, drawn by `seed` where there are more."})
     max_new_tokens: int = field(default=256, metadata={"help": "Most tokens of a TinyLM's completion."})
     rounds: int = field(
-        default=2, metadata={"help": "How often the LLM is asked again for what the TinyLM is unsure of; 0: never."}
+        default=2, metadata={"help": "How often the LLM is asked again for what it would say itself; 0: never."}
     )
-    steps: int = field(default=40, metadata={"help": "Optimizer steps of a round."})
+    steps: int = field(default=80, metadata={"help": "Optimizer steps of a round."})
     learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate; default: a sixth of that of the LLM's shadow runs."}
     )
     certainty_power: float = field(
         default=4.0,
-        metadata={"help": "A token counts by the TinyLM's highest probability to this power; 0: all alike."},
+        metadata={"help": "A token counts by the highest probability of its target to this power; 0: all alike."},
     )
-    trust_power: float | None = field(
-        default=8.0,
-        metadata={
-            "help": "What the LLM itself says counts by its agreement with the TinyLM to this power; null: never."
-        },
+    second_witness: bool = field(
+        default=True,
+        metadata={"help": "Let what the LLM says itself count as evidence beside what the TinyLM says."},
     )
     covered_agreement: float = field(
         default=0.9,
@@ -50,7 +48,6 @@ class RefinementArguments:
             self._check(name, getattr(self, name) >= low, f"at least {low}")
         self._check("learning_rate", self.learning_rate is None or self.learning_rate > 0, "more than 0")
         self._check("certainty_power", self.certainty_power >= 0, "0 or more")
-        self._check("trust_power", self.trust_power is None or self.trust_power >= 0, "0 or more, or null")
         self._check("covered_agreement", self.covered_agreement > 0, "more than 0")
         self._check("batch_size", self.batch_size >= 1, "at least 1")
 

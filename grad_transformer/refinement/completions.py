@@ -24,6 +24,8 @@ _LOGITS_PER_PASS = 2**27
 class TopTokens:
     """The likeliest tokens at each of M places, the best first.
 
+    TinyLMs are well calibrated token by token: a token of probability p is right in a share p of cases, or nearly.
+
     Args:
         ids_MT (`torch.Tensor`), log_probs_MT (`torch.Tensor`): int64 and float32, on the CPU.
     """
@@ -49,6 +51,11 @@ class TopTokens:
         """Probability of the likeliest token."""
         return self.log_probs_MT[:, 0].exp()
 
+    def probabilities_of(self, ids_MT: torch.Tensor) -> torch.Tensor:
+        """Probabilities of other tokens than its own, `(M, any number)`; 0 for what is not among its likeliest."""
+        found_MTT = ids_MT[:, :, None] == self.ids_MT[:, None, :]
+        return torch.where(found_MTT, self.log_probs_MT.exp()[:, None, :], 0.0).sum(dim=2)
+
 
 @dataclass(frozen=True)
 class Completions:
@@ -66,18 +73,14 @@ class Completions:
     tokens: TopTokens
     counted_M: torch.Tensor
 
-    def certainty(self, power: float) -> torch.Tensor:
-        """Weight of each token, (M,): how sure the TinyLM is of it. TinyLMs are well calibrated token by token."""
-        return self.tokens.confidence_M**power
-
     def expected_agreement(self, power: float) -> float:
         """The agreement of a student without errors, if the TinyLM is right as often as its probabilities say."""
-        weights_M = self.certainty(power) * self.counted_M
+        weights_M = self.tokens.confidence_M**power * self.counted_M
         return float((weights_M * self.tokens.confidence_M).sum() / weights_M.sum().clamp(min=1e-12))
 
     def agreement(self, student: TopTokens, power: float) -> float:
         """Share of the tokens, weighted by certainty, at which another model's likeliest token is the TinyLM's."""
-        weights_M = self.certainty(power) * self.counted_M
+        weights_M = self.tokens.confidence_M**power * self.counted_M
         same_M = student.best_M == self.tokens.best_M
         total = float(weights_M.sum())
         return float((weights_M * same_M).sum()) / total if total > 0 else 0.0

@@ -1,9 +1,9 @@
 """Refinement of generated adapters on public prompts, where the client's TinyLM and the LLM are two witnesses.
 
-The provider holds the client's TinyLM adapter, so it can ask it what it would say to any public prompt. Token by token
-a TinyLM knows well what it knows: where it is sure it is nearly always right. The LLM is trained on these tokens; of
-the others it keeps what it says itself, the more the better it agrees with the TinyLM elsewhere. No row of a client is
-seen, and what a private fine-tune guarantees is kept: this is post-processing of the adapter that the client sent.
+The provider holds the client's TinyLM adapter, so it can ask it what it would say to any public prompt. The LLM with
+its generated adapter is the other witness. Their errors differ, so the posterior of both at each token, by Bayes'
+rule, is a better target than either; the LLM is trained towards it, and asked again. No row of a client is seen, and
+what a private fine-tune guarantees is kept: this is post-processing of the adapter that the client sent.
 
 Shape legend: K clients, P values of an LLM adapter in layout order, M tokens of one client's completions.
 """
@@ -31,6 +31,8 @@ from .student import SoftTarget, Student
 # A TinyLM that is right more often than it expects hedges: it learned several tasks, and an LLM that does one of them
 # agrees with its likeliest words far beyond its own probabilities.
 HEDGING = 1.1
+# What a model did not name is not impossible.
+_LEAST_PROBABILITY = 1e-6
 
 Progress = Callable[[str], None]
 
@@ -148,7 +150,7 @@ def public_weak_to_strong(
         rounds=1,
         steps=student.recipe.max_steps,
         learning_rate=student.recipe.learning_rate,
-        trust_power=None,
+        second_witness=False,
     )
     root_KP = torch.zeros(len(completions), student.root.layout.numel)
     return refine(completions, {"root": root_KP}, student, alone, **refine_kwargs)
@@ -196,7 +198,7 @@ def _refine_group(
     ]
     names = [max(agreement, key=lambda name: agreement[name]) for agreement in agreements]
     start_KP = torch.stack([candidates[name][index] for index, name in enumerate(names)])
-    heard = [read[name][index] for index, name in enumerate(names)]
+    readings = [[read[name][index]] for index, name in enumerate(names)]
     deltas_KP, histories = start_KP.clone(), [[agreements[index][name]] for index, name in enumerate(names)]
     expected = [each.expected_agreement(power) for each in completions]
     open_clients = [
@@ -206,9 +208,9 @@ def _refine_group(
         say(f"round {round_number + 1} of {arguments.rounds}: {len(open_clients)} clients")
         asked = [completions[index] for index in open_clients]
         targets = [
-            soft_targets(
+            soft_target(
                 completions[index],
-                heard[index],
+                readings[index],
                 histories[index][-1],
                 arguments,
                 hedges=histories[index][0] > HEDGING * expected[index],
@@ -227,7 +229,7 @@ def _refine_group(
         for index, said in zip(
             open_clients, student.read(values_KP, asked, top_tokens=arguments.top_tokens), strict=True
         ):
-            heard[index] = said
+            readings[index].append(said)
             histories[index].append(completions[index].agreement(said, power))
     seconds = (time.perf_counter() - started) / len(completions)
     return [
@@ -246,18 +248,47 @@ def is_covered(agreement: Mapping[str, float], expected: float, arguments: Refin
     return arguments.covered_agreement * expected <= nearest <= HEDGING * expected
 
 
-def soft_targets(
-    teacher: Completions, student: TopTokens, agreement: float, arguments: RefinementArguments, *, hedges: bool = False
-) -> list[SoftTarget]:
-    """What a client's tokens are trained towards: the TinyLM's distribution, and the LLM's own.
+def soft_target(
+    teacher: Completions,
+    readings: Sequence[TopTokens],
+    agreement: float,
+    arguments: RefinementArguments,
+    *,
+    hedges: bool = False,
+) -> SoftTarget:
+    """What a client's tokens are trained towards: the posterior of TinyLM and LLM.
 
-    With certainty c of the TinyLM, that of the LLM q, and trust t, the TinyLM's weight is c, and the LLM's own
-    t q (1 - c). Trust is the agreement, and at most what an LLM without errors would reach, to `trust_power`. What a
-    TinyLM says that hedges is taken as it is: there is no single answer that the LLM could know better.
+    With q what the TinyLM says and p what the LLM says (the geometric mean of what it said before each round, so that
+    what it has just been taught does not count twice), tokens are likely by p q. How likely it is that the LLM knows
+    at all is judged from its agreement r with the TinyLM, at most what an LLM without errors would reach, and at each
+    token from z = sum(p q) against k, what z is for tokens of two different places:
+
+        w = r z / (r z + (1 - r) k)        target = w p q / z + (1 - w) q
+
+    A token counts by the target's highest probability, to `certainty_power`. What a TinyLM says that hedges is taken
+    as it is: there is no single answer that the LLM could know better.
     """
-    certainty_M = teacher.certainty(0.0 if hedges else arguments.certainty_power)
-    trust = 0.0
-    if arguments.trust_power is not None and not hedges:
-        trust = min(agreement, teacher.expected_agreement(arguments.certainty_power)) ** arguments.trust_power
-    own_M = trust * student.confidence_M**arguments.certainty_power * (1 - certainty_M)
-    return [SoftTarget(teacher.tokens, certainty_M), SoftTarget(student, own_M)]
+    ids_MT, q_MT = teacher.tokens.ids_MT, teacher.tokens.log_probs_MT.exp()
+    if hedges:
+        return SoftTarget(teacher.tokens, torch.ones(len(q_MT)))
+    target_MT = q_MT
+    if arguments.second_witness:
+        said = [reading.probabilities_of(ids_MT).clamp(min=_LEAST_PROBABILITY).log() for reading in readings]
+        p_MT = torch.stack(said).mean(dim=0).exp()
+        reliability = min(agreement, teacher.expected_agreement(arguments.certainty_power))
+        coincidence_M = (p_MT * q_MT).sum(dim=1)
+        knows_M = reliability * coincidence_M
+        weight_M = knows_M / (knows_M + (1 - reliability) * _chance_coincidence(ids_MT, p_MT, q_MT))
+        target_MT = q_MT * torch.lerp(torch.ones_like(p_MT), p_MT / coincidence_M[:, None], weight_M[:, None])
+    order_MT = target_MT.argsort(dim=1, descending=True, stable=True)
+    tokens = TopTokens(ids_MT.gather(1, order_MT), target_MT.gather(1, order_MT).log())
+    return SoftTarget(tokens, tokens.confidence_M**arguments.certainty_power)
+
+
+def _chance_coincidence(ids_MT: torch.Tensor, p_MT: torch.Tensor, q_MT: torch.Tensor) -> float:
+    """How likely two models name the same token where they look at different places."""
+    names, places = ids_MT.flatten().unique(return_inverse=True)
+    mean_p, mean_q = (
+        torch.zeros(len(names)).index_add_(0, places, said_MT.flatten()) / len(said_MT) for said_MT in (p_MT, q_MT)
+    )
+    return float((mean_p * mean_q).sum())

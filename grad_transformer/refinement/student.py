@@ -28,7 +28,7 @@ _ROWS_PER_PASS = 64
 
 @dataclass(frozen=True)
 class SoftTarget:
-    """One distribution that the M tokens of a client's completions are trained towards.
+    """What the M tokens of a client's completions are trained towards.
 
     Args:
         tokens ([`TopTokens`]): the distribution.
@@ -105,7 +105,7 @@ class Student:
         self,
         values_KP: torch.Tensor,
         completions: Sequence[Completions],
-        targets: Sequence[Sequence[SoftTarget]],
+        targets: Sequence[SoftTarget],
         *,
         steps: int,
         learning_rate: float,
@@ -116,7 +116,7 @@ class Student:
         Args:
             values_KP (`torch.Tensor`): where the adapters start, root included.
             completions (`Sequence[Completions]`): K of them.
-            targets (`Sequence[Sequence[SoftTarget]]`): for each client the distributions that pull at its tokens.
+            targets (`Sequence[SoftTarget]`): of each client.
             steps (`int`), learning_rate (`float`): linear decay, no warm-up.
             seed (`int`): of the order of the rows.
 
@@ -158,26 +158,18 @@ def _jobs(completions: Sequence[Completions], *, seed: int) -> list[FineTuneJob]
 
 
 def _soft_loss(
-    targets: Sequence[Sequence[SoftTarget]], device: torch.device
+    targets: Sequence[SoftTarget], device: torch.device
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Cross-entropy against soft targets, for labels that are places in the table of all clients' tokens.
 
     A client's weights are scaled to a mean of 1, so that an unsure client is trained as much as a sure one.
     """
-    weights, tables = [], []
-    for client in targets:
-        weights_SM = torch.stack([target.weights_M for target in client])
-        weights.append(weights_SM * (weights_SM.shape[1] / weights_SM.sum().clamp(min=1e-6)))
-    for target_of_clients, weights_M in zip(zip(*targets, strict=True), torch.cat(weights, dim=1), strict=True):
-        tokens = TopTokens.cat([target.tokens for target in target_of_clients])
-        wanted_MT = tokens.log_probs_MT.exp() * weights_M[:, None]
-        tables.append((tokens.ids_MT.to(device), wanted_MT.to(device)))
+    tokens = TopTokens.cat([target.tokens for target in targets])
+    weights_M = torch.cat([target.weights_M / target.weights_M.mean().clamp(min=1e-6) for target in targets])
+    ids_MT, wanted_MT = tokens.ids_MT.to(device), (tokens.log_probs_MT.exp() * weights_M[:, None]).to(device)
 
     def loss(logits_MV: torch.Tensor, places_M: torch.Tensor) -> torch.Tensor:
-        log_probs_MV = logits_MV.log_softmax(dim=-1)
-        losses_M = torch.zeros_like(log_probs_MV[:, 0])
-        for ids_MT, wanted_MT in tables:
-            losses_M = losses_M - (wanted_MT[places_M] * log_probs_MV.gather(1, ids_MT[places_M])).sum(dim=1)
-        return losses_M
+        log_probs_MT = logits_MV.log_softmax(dim=-1).gather(1, ids_MT[places_M])
+        return -(wanted_MT[places_M] * log_probs_MT).sum(dim=1)
 
     return loss

@@ -70,8 +70,9 @@ def main(args: StudyArguments, given: StudySpec) -> CommandResult:
             [
                 format_table(["experiment", "of the paper", "stages"], listed),
                 format_table(["stage", "number", "finished", "hours", "disk GiB", "memory GiB"], rows),
-                f"{len(stages)} stages, each once, for {len(spec.seeds)} seed(s): about {total:.3g} hours of "
-                f"one {'core' if args.gpu == 'cpu' else args.gpu}, {disk:.3g} GiB of disk, at most {memory:.3g} GiB of memory. Nothing was run.",
+                f"{len(stages)} stages, each once, for {len(spec.seeds)} seed(s): about {total:.3g} hours of one "
+                f"{'core' if args.gpu == 'cpu' else args.gpu}, {disk:.3g} GiB of disk, at most {memory:.3g} GiB of "
+                "memory. Nothing was run.",
             ]
         )
         data = {

@@ -32,7 +32,7 @@ from .stages import Stage
 
 # Bytes a second that a device reads from its memory, as its maker states them: what generation waits for.
 BANDWIDTHS = {"A100": 2.0e12, "H100": 3.35e12, "H200": 4.8e12, "L40S": 0.86e12, "RTX4090": 1.0e12}
-# One core on the lab's small models: of its peak they reach the share that is assumed everywhere (40 GFLOP/s, measured).
+# One core: the lab's small models reach 40 GFLOP/s of it (measured), which is the share assumed everywhere.
 CPU, CPU_FLOPS, CPU_BANDWIDTH = "cpu", 115e9, 20e9
 # That share when an accelerator trains the mapper, whose sequences are short: what the paper's hours amount to.
 MAPPER_UTILISATION = 0.06

@@ -23,7 +23,7 @@ from grad_transformer.refinement import (
     public_weak_to_strong,
     refine,
 )
-from grad_transformer.refinement.refinement import is_covered, soft_targets
+from grad_transformer.refinement.refinement import is_covered, soft_target
 from grad_transformer.refinement.student import SoftTarget
 from grad_transformer.shadow import FineTuneJob, run_batched
 from tests.worlds import lora, moved, tiny_qwen2
@@ -65,22 +65,61 @@ def test_end_tokens_do_not_count_as_agreement() -> None:
     assert teacher.agreement(top([[0.8, 0.2], [0.7, 0.3]], [[3, 4], [6, 5]]), 4.0) == 0.0
 
 
-def test_soft_targets_follow_their_formula() -> None:
-    student = top([[0.6, 0.4], [0.8, 0.2]], [[3, 4], [6, 5]])
-    arguments = RefinementArguments(certainty_power=2.0, trust_power=1.0)
-    teacher_target, own_target = soft_targets(TEACHER, student, 0.7, arguments)
-    assert teacher_target.weights_M.tolist() == pytest.approx([0.81, 0.25])
-    assert own_target.weights_M.tolist() == pytest.approx([0.7 * 0.36 * 0.19, 0.7 * 0.64 * 0.75])
-    # An agreement beyond what the TinyLM's own errors allow is no reason for more trust.
-    trust = TEACHER.expected_agreement(2.0)
-    assert soft_targets(TEACHER, student, 1.0, arguments)[1].weights_M[0] == pytest.approx(trust * 0.36 * 0.19)
-    for without_trust in (
-        soft_targets(TEACHER, student, 0.7, RefinementArguments(trust_power=None)),
-        soft_targets(TEACHER, student, 0.7, RefinementArguments(), hedges=True),
+def test_the_target_is_the_posterior_of_both_witnesses() -> None:
+    # The LLM names the second token of the first place, and at the second place one that the TinyLM does not know.
+    student = top([[0.8, 0.2], [0.7, 0.3]], [[4, 3], [6, 7]])
+    arguments = RefinementArguments(certainty_power=2.0)
+    target = soft_target(TEACHER, [student], 0.6, arguments)
+    # Mean probabilities by token: TinyLM 3: .45, 4: .05, 5: .25, 6: .25; LLM 3: .1, 4: .4, 6: .35.
+    chance = 0.45 * 0.1 + 0.05 * 0.4 + 0.25 * 0.35
+    products = torch.tensor([[0.9 * 0.2, 0.1 * 0.8], [0.0, 0.5 * 0.7]])
+    taught = torch.tensor([[0.9, 0.1], [0.5, 0.5]])
+    coincidence = products.sum(dim=1)
+    weight = (0.6 * coincidence / (0.6 * coincidence + 0.4 * chance))[:, None]
+    expected = weight * products / coincidence[:, None] + (1 - weight) * taught
+    assert target.tokens.ids_MT.tolist() == [[3, 4], [6, 5]]
+    found = target.tokens.log_probs_MT.exp()
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1].flip(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.sum(dim=1), torch.ones(2))
+    torch.testing.assert_close(target.weights_M, found[:, 0] ** 2)
+
+
+def test_how_far_the_llm_is_believed() -> None:
+    student = top([[0.8, 0.2], [0.7, 0.3]], [[4, 3], [6, 7]])
+    arguments = RefinementArguments(certainty_power=2.0)
+    # An agreement beyond what the TinyLM's own errors allow is no reason for more.
+    most = TEACHER.expected_agreement(2.0)
+    torch.testing.assert_close(
+        soft_target(TEACHER, [student], 1.0, arguments).tokens.log_probs_MT,
+        soft_target(TEACHER, [student], most, arguments).tokens.log_probs_MT,
+    )
+    # Without any agreement, or without words in common, it is no witness.
+    alone = soft_target(TEACHER, [student], 0.5, replace(arguments, second_witness=False))
+    strangers = top([[0.8, 0.2], [0.7, 0.3]], [[7, 8], [8, 7]])
+    for target in (
+        alone,
+        soft_target(TEACHER, [student], 0.0, arguments),
+        soft_target(TEACHER, [strangers], 0.9, arguments),
     ):
-        assert without_trust[1].weights_M.tolist() == [0.0, 0.0]
+        torch.testing.assert_close(target.tokens.log_probs_MT, TEACHER.tokens.log_probs_MT)
+        assert target.weights_M.tolist() == pytest.approx([0.81, 0.25])
     # A TinyLM that hedges among tasks is believed token by token, sure or not.
-    assert soft_targets(TEACHER, student, 0.7, arguments, hedges=True)[0].weights_M.tolist() == [1.0, 1.0]
+    hedging = soft_target(TEACHER, [student], 0.7, arguments, hedges=True)
+    assert hedging.weights_M.tolist() == [1.0, 1.0]
+    assert hedging.tokens is TEACHER.tokens
+
+
+def test_what_the_llm_said_before_is_averaged_with_what_it_says_now() -> None:
+    before, now = top([[0.9, 0.1], [0.6, 0.4]], [[4, 3], [6, 5]]), top([[0.6, 0.4], [0.7, 0.3]], [[3, 4], [5, 6]])
+    mean = [[(0.9 * 0.4) ** 0.5, (0.1 * 0.6) ** 0.5], [(0.6 * 0.3) ** 0.5, (0.4 * 0.7) ** 0.5]]
+    arguments = RefinementArguments()
+    both = soft_target(TEACHER, [before, now], 0.6, arguments)
+    torch.testing.assert_close(
+        both.tokens.log_probs_MT,
+        soft_target(TEACHER, [top(mean, [[4, 3], [6, 5]])], 0.6, arguments).tokens.log_probs_MT,
+    )
+    assert not torch.allclose(both.weights_M, soft_target(TEACHER, [now], 0.6, arguments).weights_M)
 
 
 def test_a_client_is_covered_where_the_nearest_shadow_satisfies_the_tinylm() -> None:
@@ -152,7 +191,7 @@ def test_hard_targets_train_as_an_ordinary_fine_tune(world: dict, heard: list[Co
     student, root = world["student"], world["roots"]["llm"]
     start_KP = root.adapter.flat().repeat(2, 1)
     one_hot = [TopTokens(each.tokens.ids_MT[:, :1], torch.zeros(len(each.tokens.best_M), 1)) for each in heard]
-    targets = [[SoftTarget(tokens, torch.full((len(tokens.best_M),), 0.3))] for tokens in one_hot]
+    targets = [SoftTarget(tokens, torch.full((len(tokens.best_M),), 0.3)) for tokens in one_hot]
     trained = student.train(start_KP, heard, targets, steps=5, learning_rate=0.1, seed=7)
     jobs = []
     for each in heard:
@@ -219,6 +258,6 @@ def test_what_cannot_be_done_is_refused(world: dict, heard: list[Completions], t
         complete_clients(world["clients"], [], world["tinylm"], ARGUMENTS)
     with pytest.raises(DataError, match="no `prompt`"):
         complete_clients(world["clients"], [{"text": "?1"}], world["tinylm"], ARGUMENTS)
-    for wrong in ({"steps": 0}, {"rounds": -1}, {"learning_rate": 0.0}, {"trust_power": -1.0}, {"num_prompts": 0}):
+    for wrong in ({"steps": 0}, {"rounds": -1}, {"learning_rate": 0.0}, {"certainty_power": -1.0}, {"num_prompts": 0}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             RefinementArguments(**wrong)
