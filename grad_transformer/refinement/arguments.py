@@ -33,7 +33,7 @@ class RefinementArguments:
         metadata={"help": "Let what the LLM says itself count as evidence beside what the TinyLM says."},
     )
     covered_agreement: float = field(
-        default=0.9,
+        default=0.85,
         metadata={
             "help": "A client keeps its best candidate as it is where the nearest shadow's agreement is this share of "
             "what an LLM without errors would reach: its task is one that shadows showed. Above 1: never."
