@@ -8,6 +8,7 @@ from typing import Any
 
 from ..finetuning import FineTuningRecipe
 from ..lab.presets import PRESETS, BaseModelPreset
+from ..refinement import RefinementArguments
 from .spec import StudySpec
 from .stages import Stage
 
@@ -156,7 +157,12 @@ class StudyBuilder:
             "world": self.world,
             "public_rows": self.spec.shadows["public_rows"],
             "recipe": self.recipe("llm"),
-            "arguments": self.spec.refinement,
+            # With their defaults, so that a default that changes makes another stage.
+            "arguments": {
+                name: value
+                for name, value in vars(RefinementArguments(**self.spec.refinement)).items()
+                if name not in ("max_new_tokens", "seed")
+            },
             "seed": self.seed,
         }
         inputs = {
