@@ -1,7 +1,5 @@
 """What stands between blocks and a backbone's hidden states: phi, psi, and the token embedding that is not needed.
 
-Beside them the linear layer that all of it uses, which reads its weights with every core when it has few rows to map.
-
 Shape legend: B batch, n blocks, D width of the widest block (narrower ones are padded with zeros), H hidden size.
 """
 
@@ -13,42 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-
-# From more rows on, BLAS's own way of sharing the work is the faster one.
-_FEW_ROWS = 4
-
-
-class FewRowsLinear(nn.Linear):
-    """`nn.Linear`, faster on several cores when generation maps one block of one or a few clients.
-
-    Then the time goes into reading the weights, and BLAS reads them with one core: its unit of work is a tile of the
-    output. Here each core multiplies its own rows of the weights. Only in float32 on the CPU without gradients; in
-    every other case, and in its parameters, it is `nn.Linear`.
-    """
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        cores, rows = torch.get_num_threads(), input.numel() // self.in_features
-        if (
-            not 0 < rows <= _FEW_ROWS
-            or cores == 1
-            or self.out_features % cores
-            or self.weight.device.type != "cpu"
-            or self.weight.dtype != torch.float32
-            or torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")
-        ):
-            return super().forward(input)
-        weight = self.weight.view(cores, -1, self.in_features)
-        columns = input.reshape(rows, self.in_features).t().expand(cores, -1, -1)
-        output = torch.bmm(weight, columns).view(self.out_features, rows).t().reshape(*input.shape[:-1], -1)
-        return output if self.bias is None else output + self.bias
-
-
-def read_weights_with_every_core(backbone: nn.Module) -> None:
-    """Make every plain linear layer of a backbone a [`FewRowsLinear`]; names and values of parameters stay."""
-    for module in backbone.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = FewRowsLinear
+from .modeling_decoding import FewRowsLinear
 
 
 class BlockEmbedding(nn.Module):

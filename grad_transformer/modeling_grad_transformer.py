@@ -22,13 +22,8 @@ from .adapters.privacy import STATEMENT_KEY, statement_of
 from .configuration_grad_transformer import GradTransformerConfig
 from .constants import FORMAT_VERSION
 from .errors import FormatVersionError, UsageError
-from .modeling_blocks import (
-    BlockEmbedding,
-    BlockReadout,
-    drop_token_embeddings,
-    hidden_size_of,
-    read_weights_with_every_core,
-)
+from .modeling_blocks import BlockEmbedding, BlockReadout, drop_token_embeddings, hidden_size_of
+from .modeling_decoding import read_weights_with_every_core, roomy_cache
 from .modeling_files import MapperFiles
 from .tokenization_lora_delta import Adapters, LoraDeltaTokenizer
 
@@ -273,7 +268,8 @@ class GradTransformer(MapperFiles, PreTrainedModel):
             inputs_embeds=self._embed_source(source_blocks), attention_mask=attention_mask, return_dict=True
         )
         step_B1H = self._add_positions(self.start_block.expand(len(source_blocks), 1, -1))
-        prefix_BnH, cache, blocks = step_B1H, None, []
+        cache = roomy_cache(self.backbone.config.get_text_config(decoder=True)) if use_cache else None
+        prefix_BnH, blocks = step_B1H, []
         for index in range(len(self.config.target_block_types)):
             outputs = self.backbone(
                 encoder_outputs=encoder_outputs,
@@ -283,7 +279,6 @@ class GradTransformer(MapperFiles, PreTrainedModel):
                 use_cache=use_cache,
                 return_dict=True,
             )
-            cache = outputs.past_key_values if use_cache else None
             block_B1D = self.readout(outputs.last_hidden_state[:, -1:], start=index)
             blocks.append(block_B1D)
             if index + 1 < len(self.config.target_block_types):

@@ -23,6 +23,7 @@ FLOORS = {
     "configuration_grad_transformer": 3,
     "tokenization_lora_delta": 3,
     "modeling_blocks": 3,
+    "modeling_decoding": 3,
     "modeling_files": 3,
     "modeling_grad_transformer": 3,
     "finetuning": 3,

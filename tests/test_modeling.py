@@ -9,11 +9,19 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoModel, AutoModelForCausalLM, BartConfig, Qwen2Config, T5Config, T5GemmaConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BartConfig,
+    DynamicCache,
+    Qwen2Config,
+    T5Config,
+    T5GemmaConfig,
+)
 
 from grad_transformer import GradTransformer, GradTransformerConfig, LoraDeltaTokenizer
 from grad_transformer.errors import FormatVersionError, LayoutMismatchError, UsageError
-from grad_transformer.modeling_blocks import FewRowsLinear
+from grad_transformer.modeling_decoding import FewRowsLinear, roomy_cache
 from tests.worlds import moved, tiny_root
 
 
@@ -91,23 +99,36 @@ def two_cores():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (4, 1), (2, 2), (5, 1), (0, 1)])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (4, 1), (3, 12), (5, 60), (0, 1)])
+@pytest.mark.parametrize("outputs", [6, 200])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_linear_layer_read_with_every_core_is_a_linear_layer(two_cores, shape, bias, monkeypatch):
+def test_a_linear_layer_read_with_every_core_is_a_linear_layer(two_cores, shape, outputs, bias, monkeypatch):
     torch.manual_seed(0)
-    layer, values = FewRowsLinear(48, 6, bias=bias), torch.randn(*shape, 48)
+    layer, values = FewRowsLinear(48, outputs, bias=bias), torch.randn(*shape, 48)
     expected = torch.nn.functional.linear(values, layer.weight, layer.bias)
     assert torch.equal(layer(values), expected)
     parts = []
     multiply = torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda weight, columns: parts.append(len(weight)) or multiply(weight, columns))
+    monkeypatch.setattr(torch, "bmm", lambda first, second: parts.append(len(first)) or multiply(first, second))
     with torch.no_grad():
-        torch.testing.assert_close(layer(values), expected, rtol=1e-6, atol=1e-6)
-        assert parts == ([2] if 0 < shape[0] * shape[1] <= 4 else [])
+        torch.testing.assert_close(layer(values), expected, rtol=1e-5, atol=1e-5)
+        assert parts == ([2] if 0 < shape[0] * shape[1] <= 256 else [])
         # Neither in other precisions nor where the cores cannot share the rows.
         layer.bfloat16()(values.bfloat16())
         FewRowsLinear(48, 7)(values)
     assert len(parts) <= 1
+
+
+def test_a_cache_with_room_holds_what_the_growing_one_holds():
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = roomy_cache(t5()).self_attention_cache, DynamicCache()
+    for length in (1, 1, 30, 1, 3, 40, 1):
+        states = torch.randn(2, 3, 4, length, 5, generator=generator)
+        for layer in (0, 1):
+            given = [part * (layer + 1) for part in states]
+            for mine, other in zip(ours.update(*given, layer), theirs.update(*given, layer), strict=True):
+                assert torch.equal(mine, other)
+            assert ours.get_seq_length(layer) == theirs.get_seq_length(layer)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
