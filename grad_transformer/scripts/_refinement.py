@@ -28,7 +28,7 @@ class RefinementFlags:
         default=None,
         metadata={
             "help": "Public rows: a file, or a dataset on the Hub. The client's TinyLM completes them, and the "
-            "adapter is refined on what it is sure of."
+            "adapter is refined towards what both say."
         },
     )
     refine_prompts: int = field(default=_DEFAULTS.num_prompts, metadata={"help": "Public prompts to use."})
