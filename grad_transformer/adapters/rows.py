@@ -99,6 +99,11 @@ class DeltaRows:
 Deltas = torch.Tensor | DeltaRows
 
 
+def text_column(split: datasets.Dataset, name: str) -> list[Any]:
+    """A column of short values, read without the deltas beside it and without a Python object for each batch."""
+    return split.with_format("arrow", columns=[name])[:].column(name).to_pylist()
+
+
 def column_chunks(rows_NP: torch.Tensor) -> list[slice]:
     """Slices of columns that hold a few million values of all rows."""
     step = max(1, _COLUMN_CHUNK_VALUES // max(1, rows_NP.shape[0]))

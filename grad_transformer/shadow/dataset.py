@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..adapters import LoraLayout, Root
 from ..adapters.io import atomic_write, read_json, write_json_atomic, write_text_atomic
-from ..adapters.rows import DeltaRows
+from ..adapters.rows import DeltaRows, text_column
 from ..constants import DELTA_DATASET_NAME, FORMAT_VERSION, PLAN_NAME
 from ..errors import DeltaDatasetError
 from ..hub import KINDS, Fetched, Origin, fetch
@@ -80,8 +80,8 @@ class DeltaDataset:
         return DeltaPairs(
             source=DeltaRows(rows, "source_blocks").to_tensor(),
             target=DeltaRows(rows, "target_blocks").to_tensor(),
-            shadow_ids=list(rows["shadow_id"]),
-            tasks=list(rows["task"]),
+            shadow_ids=text_column(rows, "shadow_id"),
+            tasks=text_column(rows, "task"),
         )
 
 
@@ -217,7 +217,7 @@ def load_delta_dataset(
     splits = datasets.load_dataset("parquet", data_files=data_files, fragment_scan_options=reading)
     seen: dict[str, str] = {}
     for split, rows in splits.items():
-        for shadow_id in set(rows["shadow_id"]):
+        for shadow_id in set(text_column(rows, "shadow_id")):
             if seen.setdefault(shadow_id, split) != split:
                 raise DeltaDatasetError(
                     "A shadow run is in two splits, so held-out figures would lie.",

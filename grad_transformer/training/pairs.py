@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import datasets
 import torch
 
-from ..adapters.rows import DeltaRows
+from ..adapters.rows import DeltaRows, text_column
 from ..tokenization_lora_delta import LoraDeltaTokenizer
 
 
@@ -25,8 +25,8 @@ class DeltaPairRows(torch.utils.data.Dataset):
     def __init__(self, split: datasets.Dataset):
         self.source = DeltaRows(split, "source_blocks")
         self.target = DeltaRows(split, "target_blocks")
-        self.shadow_ids: list[str] = list(split["shadow_id"])
-        self.tasks: list[str | None] = list(split["task"])
+        self.shadow_ids: list[str] = text_column(split, "shadow_id")
+        self.tasks: list[str | None] = text_column(split, "task")
 
     def __len__(self) -> int:
         return len(self.source)

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..adapters import Root
 from ..adapters.io import write_json_atomic
-from ..adapters.rows import DeltaRows
+from ..adapters.rows import DeltaRows, text_column
 from ..adapters.statistics import task_mean_ceiling
 from ..errors import DeltaDatasetError
 from ..modeling_grad_transformer import GradTransformer
@@ -52,7 +52,8 @@ class GradTransformerTrainer(Trainer):
         eval_dataset: datasets.Dataset | None = None,
         **trainer_kwargs: Any,
     ):
-        overlap = set(train_dataset["shadow_id"]) & set(eval_dataset["shadow_id"] if eval_dataset is not None else ())
+        sides = [set(text_column(side, "shadow_id")) for side in (train_dataset, eval_dataset) if side is not None]
+        overlap = set.intersection(*sides) if len(sides) == 2 else set()
         if overlap:
             raise DeltaDatasetError(
                 "A shadow run is on both sides of the split, so held-out figures would lie.",
