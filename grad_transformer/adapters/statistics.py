@@ -58,9 +58,13 @@ class RunningR2:
 
     def add(self, predicted_ND: torch.Tensor, true_ND: torch.Tensor) -> None:
         """Count rows of predicted and true deltas, of any floating dtype."""
-        true_ND = true_ND.to(torch.float64)
-        self._residual_D += (predicted_ND.to(torch.float64) - true_ND).square().sum(dim=0)
-        self._total_D += (true_ND - self.mean_D).square().sum(dim=0)
+        # By columns, so that little is held in float64.
+        step = max(1, CHUNK_VALUES // max(1, len(true_ND)))
+        for start in range(0, true_ND.shape[1], step):
+            columns = slice(start, start + step)
+            true_NC = true_ND[:, columns].to(torch.float64)
+            self._residual_D[columns] += (predicted_ND[:, columns].to(torch.float64) - true_NC).square().sum(dim=0)
+            self._total_D[columns] += (true_NC - self.mean_D[columns]).square().sum(dim=0)
 
     def value(self) -> float:
         """1 - sum |predicted - true|² / sum |true - mean|²; at most 1, and 0 for predicting the mean every time.

@@ -24,7 +24,8 @@ logger = logging.get_logger(__name__)
 CONTROLS = ("mean_shadow", "nearest_shadow", "ridge", "random", "other_client")
 RIDGE_STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-8, 7))
 
-_CHUNK_VALUES = 2**23
+# Values of training rows that one pass of the nearest shadow holds: they stay in the processor's cache.
+_CHUNK_VALUES = 2**17
 
 
 class ShadowPredictor(ABC):
@@ -120,12 +121,17 @@ class NearestShadow(ShadowPredictor):
     def nearest(self, source_MX: torch.Tensor) -> torch.Tensor:
         """Row of the nearest training pair, (M,), int64; the first of equals."""
         deltas_MX = self._standardise(source_MX)
-        distances = []
-        for chunk in _row_chunks(self.source):
-            chunk_BX = self._standardise(chunk)
-            # Differences, not inner products, so that a training delta finds itself exactly.
-            distances.append(torch.stack([(chunk_BX - delta_X).square().sum(1) for delta_X in deltas_MX]))
-        return torch.cat(distances, dim=1).argmin(dim=1)
+        distances_MN = deltas_MX.new_empty(len(source_MX), len(self.source))
+        start = 0
+        for rows in self.source.split(max(1, _CHUNK_VALUES // self.source.shape[1])):
+            chunk_BX = self._standardise(rows)
+            difference_BX = torch.empty_like(chunk_BX)
+            for number, delta_X in enumerate(deltas_MX):
+                # Differences, not inner products, so that a training delta finds itself exactly.
+                torch.sub(chunk_BX, delta_X, out=difference_BX)
+                distances_MN[number, start : start + len(rows)] = difference_BX.square_().sum(1)
+            start += len(rows)
+        return distances_MN.argmin(dim=1)
 
     def weights(self, source_MX: torch.Tensor) -> torch.Tensor:
         rows_M = self.nearest(source_MX)
@@ -334,10 +340,6 @@ def control_deltas(
             deltas["other_client"] = generated_CY[other]
         controls.append(deltas)
     return controls
-
-
-def _row_chunks(rows_ND: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return rows_ND.split(max(1, _CHUNK_VALUES // max(1, rows_ND.shape[1])))
 
 
 def _check_pairs(source_NX: torch.Tensor, target_NY: torch.Tensor) -> None:

@@ -212,9 +212,15 @@ def load_delta_dataset(
                 remedy="build or download the dataset again",
             )
     data_files = {split: str(folder / "data" / f"{split}-*.parquet") for split in manifest["splits"]}
-    # By default Arrow holds a whole file while it is turned into a memory-mapped table.
+    # By default Arrow holds a whole file while it is turned into a memory-mapped table, and its allocator keeps what
+    # was freed: both grow with the file.
     reading = ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)
-    splits = datasets.load_dataset("parquet", data_files=data_files, fragment_scan_options=reading)
+    pool = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        splits = datasets.load_dataset("parquet", data_files=data_files, fragment_scan_options=reading)
+    finally:
+        pa.set_memory_pool(pool)
     seen: dict[str, str] = {}
     for split, rows in splits.items():
         for shadow_id in set(text_column(rows, "shadow_id")):
