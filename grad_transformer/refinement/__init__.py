@@ -1,5 +1,6 @@
 """From a generated adapter to a better one, on public prompts alone: choice among candidates, then refinement."""
 
+from .annotators import annotator_deltas, shadow_annotators
 from .arguments import RefinementArguments
 from .candidates import CANDIDATES, candidate_deltas, fit_candidates
 from .clients import refine_clients, refinement_metadata
@@ -16,6 +17,7 @@ __all__ = [
     "SoftTarget",
     "Student",
     "TopTokens",
+    "annotator_deltas",
     "candidate_deltas",
     "check_same_tokens",
     "complete_clients",
@@ -25,4 +27,5 @@ __all__ = [
     "refine",
     "refine_clients",
     "refinement_metadata",
+    "shadow_annotators",
 ]

@@ -32,6 +32,13 @@ class RefinementArguments:
         default=True,
         metadata={"help": "Let what the LLM says itself count as evidence beside what the TinyLM says."},
     )
+    annotators: int = field(
+        default=64,
+        metadata={"help": "Shadow tasks (pairs, where tasks are unknown) that are asked about prompts; 0: none."},
+    )
+    screening_prompts: int = field(
+        default=128, metadata={"help": "Prompts on which every one of them is asked; the best are asked on all."}
+    )
     covered_agreement: float = field(
         default=0.85,
         metadata={
@@ -44,12 +51,12 @@ class RefinementArguments:
     seed: int = field(default=0, metadata={"help": "Of the prompts and their order."})
 
     def __post_init__(self) -> None:
-        for name, low in (("num_prompts", 1), ("max_new_tokens", 1), ("rounds", 0), ("steps", 1), ("top_tokens", 1)):
+        least = {"num_prompts": 1, "max_new_tokens": 1, "rounds": 0, "steps": 1, "top_tokens": 1, "annotators": 0}
+        for name, low in (least | {"screening_prompts": 1, "batch_size": 1}).items():
             self._check(name, getattr(self, name) >= low, f"at least {low}")
         self._check("learning_rate", self.learning_rate is None or self.learning_rate > 0, "more than 0")
         self._check("certainty_power", self.certainty_power >= 0, "0 or more")
         self._check("covered_agreement", self.covered_agreement > 0, "more than 0")
-        self._check("batch_size", self.batch_size >= 1, "at least 1")
 
     def _check(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

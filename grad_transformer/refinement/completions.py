@@ -51,6 +51,23 @@ class TopTokens:
         """Probability of the likeliest token."""
         return self.log_probs_MT[:, 0].exp()
 
+    def where(self, chosen_M: torch.Tensor) -> TopTokens:
+        """Some of the places, by number or by a boolean mask."""
+        return TopTokens(self.ids_MT[chosen_M], self.log_probs_MT[chosen_M])
+
+    def frequent(self, most: int, rare: float) -> torch.Tensor:
+        """Ids, ascending, of the `most` tokens that are named most; none that makes up less than `rare` of all."""
+        names, places = self.ids_MT.unique(return_inverse=True)
+        share = torch.zeros(len(names)).index_add_(0, places.flatten(), self.log_probs_MT.exp().flatten())
+        best = share.topk(min(most, len(names)))
+        return names[best.indices[best.values > rare * len(self.ids_MT)]].sort().values
+
+    def of_words(self, words_U: torch.Tensor) -> torch.Tensor:
+        """Probabilities `(M, U)` of tokens in ascending order; 0 for what is not among a place's likeliest."""
+        places_MT = torch.searchsorted(words_U, self.ids_MT).clamp(max=len(words_U) - 1)
+        known_MT = torch.where(words_U[places_MT] == self.ids_MT, self.log_probs_MT.exp(), 0.0)
+        return torch.zeros(len(places_MT), len(words_U)).scatter_add_(1, places_MT, known_MT)
+
     def probabilities_of(self, ids_MT: torch.Tensor) -> torch.Tensor:
         """Probabilities of other tokens than its own, `(M, any number)`; 0 for what is not among its likeliest."""
         found_MTT = ids_MT[:, :, None] == self.ids_MT[:, None, :]
@@ -72,6 +89,19 @@ class Completions:
     starts: list[int]
     tokens: TopTokens
     counted_M: torch.Tensor
+
+    def some(self, count: int) -> Completions:
+        """At most `count` rows, at even spacing."""
+        sizes = [len(row) - start for row, start in zip(self.rows, self.starts, strict=True)]
+        chosen = range(0, len(self.rows), max(1, -(-len(self.rows) // count)))
+        places = torch.arange(sum(sizes)).split(sizes)
+        tokens = torch.cat([places[row] for row in chosen])
+        return Completions(
+            [self.rows[row] for row in chosen],
+            [self.starts[row] for row in chosen],
+            self.tokens.where(tokens),
+            self.counted_M[tokens],
+        )
 
     def expected_agreement(self, power: float) -> float:
         """The agreement of a student without errors, if the TinyLM is right as often as its probabilities say."""

@@ -23,6 +23,7 @@ from ..adapters import LoraAdapter
 from ..errors import UsageError
 from ..evaluation.scoring import Rows
 from ..finetuning import write_adapter_tensors
+from .annotators import Testimony, hear_annotators
 from .arguments import RefinementArguments
 from .completions import Completions, TopTokens, complete_prompts
 from .student import SoftTarget, Student
@@ -30,9 +31,11 @@ from .student import SoftTarget, Student
 
 # A TinyLM that is right more often than it expects hedges: it learned several tasks, and an LLM that does one of them
 # agrees with its likeliest words far beyond its own probabilities.
-HEDGING = 1.1
+HEDGING = 1.12
+# Shadows that tell less than this share of what is known have not shown the client's skill in any words.
+_TELLING = 0.75
 # What a model did not name is not impossible.
-_LEAST_PROBABILITY = 1e-6
+_LEAST_PROBABILITY = 1e-4
 
 Progress = Callable[[str], None]
 
@@ -47,6 +50,9 @@ class Refinement:
         candidate_delta_P (`torch.Tensor`): its delta, before refinement.
         agreement (`dict[str, float]`): of each candidate with the TinyLM, from 0 to 1.
         expected_agreement (`float`): of an LLM without errors, by the TinyLM's own probabilities.
+        annotators (`list[int]`): the shadows whose testimony it was refined towards, the best first; empty for none.
+        told (`float`, *optional*): what the best of them tells of the TinyLM's words, as a share of what one would
+            that is right as often as the TinyLM's probabilities say.
         agreement_by_round (`list[float]`): of the adapter before each round that refined it, and at the end.
         seconds (`float`): the client's share of the time.
     """
@@ -56,6 +62,8 @@ class Refinement:
     candidate_delta_P: torch.Tensor
     agreement: dict[str, float]
     expected_agreement: float
+    annotators: list[int]
+    told: float | None
     agreement_by_round: list[float]
     seconds: float
 
@@ -111,6 +119,7 @@ def refine(
     student: Student,
     arguments: RefinementArguments,
     *,
+    annotators_AP: torch.Tensor | None = None,
     clients_at_once: int = 16,
     progress: Progress | None = None,
 ) -> list[Refinement]:
@@ -121,6 +130,8 @@ def refine(
         candidates (`Mapping[str, torch.Tensor]`): by name, LLM deltas `(K, P)` that were generated for them.
         student ([`Student`]): the LLM, whose tokenizer is the TinyLM's: see [`check_same_tokens`].
         arguments ([`RefinementArguments`]).
+        annotators_AP (`torch.Tensor`, *optional*): LLM deltas of shadow tasks, as from [`shadow_annotators`]. Without
+            them the generated delta is the TinyLM's only fellow witness.
         clients_at_once (`int`, *optional*, defaults to 16): adapters of the LLM that are trained together.
         progress (`Callable`, *optional*): called with a few words as the work goes on.
 
@@ -137,7 +148,9 @@ def refine(
     for start in range(0, len(completions), clients_at_once):
         group = slice(start, start + clients_at_once)
         deltas = {name: deltas_KP[group] for name, deltas_KP in candidates.items()}
-        results += _refine_group(completions[group], deltas, student, arguments, progress or (lambda _: None))
+        results += _refine_group(
+            completions[group], deltas, annotators_AP, student, arguments, progress or (lambda _: None)
+        )
     return results
 
 
@@ -181,6 +194,7 @@ def draw_prompts(prompts: Rows, arguments: RefinementArguments) -> list[Mapping[
 def _refine_group(
     completions: Sequence[Completions],
     candidates: Mapping[str, torch.Tensor],
+    annotators_AP: torch.Tensor | None,
     student: Student,
     arguments: RefinementArguments,
     say: Progress,
@@ -204,19 +218,29 @@ def _refine_group(
     open_clients = [
         index for index, agreement in enumerate(agreements) if not is_covered(agreement, expected[index], arguments)
     ]
+    hedges = {index: histories[index][0] > HEDGING * expected[index] for index in open_clients}
+    testimonies: dict[int, Testimony] = {}
+    testified: set[int] = set()
+    if annotators_AP is not None and len(annotators_AP) and arguments.rounds:
+        speaking = [index for index in open_clients if completions[index].counted_M.any()]
+        heard = hear_annotators([completions[index] for index in speaking], annotators_AP, student, arguments, say)
+        for index, testimony in zip(speaking, heard, strict=True):
+            hedges[index] = completions[index].agreement(testimony.tokens, power) > HEDGING * expected[index]
+            testimonies[index] = testimony
+            if testimony.told > _TELLING:
+                testified.add(index)
+                readings[index] = [testimony.tokens]
     for round_number in range(arguments.rounds if open_clients else 0):
         say(f"round {round_number + 1} of {arguments.rounds}: {len(open_clients)} clients")
         asked = [completions[index] for index in open_clients]
-        targets = [
-            soft_target(
-                completions[index],
-                readings[index],
-                histories[index][-1],
-                arguments,
-                hedges=histories[index][0] > HEDGING * expected[index],
-            )
-            for index in open_clients
-        ]
+        targets = []
+        for index in open_clients:
+            if hedges[index]:
+                targets.append(SoftTarget.alike(completions[index].tokens))
+            elif index in testified:
+                targets.append(target_of_testimony(completions[index], readings[index], power))
+            else:
+                targets.append(soft_target(completions[index], readings[index], histories[index][-1], arguments))
         values_KP = student.train(
             root_P + deltas_KP[open_clients],
             asked,
@@ -233,8 +257,18 @@ def _refine_group(
             histories[index].append(completions[index].agreement(said, power))
     seconds = (time.perf_counter() - started) / len(completions)
     return [
-        Refinement(deltas_KP[i], names[i], start_KP[i], agreements[i], expected[i], histories[i], seconds)
-        for i in range(len(completions))
+        Refinement(
+            delta_P=deltas_KP[index],
+            candidate=name,
+            candidate_delta_P=start_KP[index],
+            agreement=agreements[index],
+            expected_agreement=expected[index],
+            annotators=testimonies[index].annotators if index in testimonies else [],
+            told=testimonies[index].told if index in testimonies else None,
+            agreement_by_round=histories[index],
+            seconds=seconds,
+        )
+        for index, name in enumerate(names)
     ]
 
 
@@ -253,8 +287,6 @@ def soft_target(
     readings: Sequence[TopTokens],
     agreement: float,
     arguments: RefinementArguments,
-    *,
-    hedges: bool = False,
 ) -> SoftTarget:
     """What a client's tokens are trained towards: the posterior of TinyLM and LLM.
 
@@ -265,24 +297,34 @@ def soft_target(
 
         w = r z / (r z + (1 - r) k)        target = w p q / z + (1 - w) q
 
-    A token counts by the target's highest probability, to `certainty_power`. What a TinyLM says that hedges is taken
-    as it is: there is no single answer that the LLM could know better.
+    A token counts by the target's highest probability, to `certainty_power`.
     """
     ids_MT, q_MT = teacher.tokens.ids_MT, teacher.tokens.log_probs_MT.exp()
-    if hedges:
-        return SoftTarget(teacher.tokens, torch.ones(len(q_MT)))
     target_MT = q_MT
     if arguments.second_witness:
-        said = [reading.probabilities_of(ids_MT).clamp(min=_LEAST_PROBABILITY).log() for reading in readings]
-        p_MT = torch.stack(said).mean(dim=0).exp()
+        p_MT = _mean_log_said(readings, ids_MT).exp()
         reliability = min(agreement, teacher.expected_agreement(arguments.certainty_power))
         coincidence_M = (p_MT * q_MT).sum(dim=1)
         knows_M = reliability * coincidence_M
         weight_M = knows_M / (knows_M + (1 - reliability) * _chance_coincidence(ids_MT, p_MT, q_MT))
         target_MT = q_MT * torch.lerp(torch.ones_like(p_MT), p_MT / coincidence_M[:, None], weight_M[:, None])
-    order_MT = target_MT.argsort(dim=1, descending=True, stable=True)
-    tokens = TopTokens(ids_MT.gather(1, order_MT), target_MT.gather(1, order_MT).log())
-    return SoftTarget(tokens, tokens.confidence_M**arguments.certainty_power)
+    return SoftTarget.by_confidence(ids_MT, target_MT.log(), arguments.certainty_power)
+
+
+def target_of_testimony(teacher: Completions, readings: Sequence[TopTokens], power: float) -> SoftTarget:
+    """What a client's tokens are trained towards where shadows told its skill.
+
+    The geometric mean of what they testified, which is the first reading, and of what the LLM has said since; times
+    the square root of what the TinyLM says at each place, whose words the testimony has already counted.
+    """
+    ids_MT = readings[0].ids_MT
+    said_MT = _mean_log_said(readings, ids_MT) + 0.5 * _mean_log_said([teacher.tokens], ids_MT)
+    return SoftTarget.by_confidence(ids_MT, said_MT.log_softmax(dim=1), power)
+
+
+def _mean_log_said(readings: Sequence[TopTokens], ids_MT: torch.Tensor) -> torch.Tensor:
+    said = [reading.probabilities_of(ids_MT).clamp(min=_LEAST_PROBABILITY).log() for reading in readings]
+    return torch.stack(said).mean(dim=0)
 
 
 def _chance_coincidence(ids_MT: torch.Tensor, p_MT: torch.Tensor, q_MT: torch.Tensor) -> float:

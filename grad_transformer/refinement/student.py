@@ -38,6 +38,18 @@ class SoftTarget:
     tokens: TopTokens
     weights_M: torch.Tensor
 
+    @classmethod
+    def alike(cls, tokens: TopTokens) -> SoftTarget:
+        """Every token counts alike."""
+        return cls(tokens, torch.ones(len(tokens.best_M)))
+
+    @classmethod
+    def by_confidence(cls, ids_MT: torch.Tensor, log_probs_MT: torch.Tensor, power: float) -> SoftTarget:
+        """A token counts by the highest probability of its target, to a power."""
+        order_MT = log_probs_MT.argsort(dim=1, descending=True, stable=True)
+        tokens = TopTokens(ids_MT.gather(1, order_MT), log_probs_MT.gather(1, order_MT))
+        return cls(tokens, tokens.confidence_M**power)
+
 
 class Student:
     """The LLM, many of whose adapters are read and trained at once.

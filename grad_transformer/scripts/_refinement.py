@@ -11,7 +11,7 @@ import torch
 from ..errors import UsageError
 from ..finetuning import load_rows
 from ..modeling_grad_transformer import GradTransformer
-from ..refinement import RefinementArguments, fit_candidates, refine_clients, refinement_metadata
+from ..refinement import RefinementArguments, fit_candidates, refine_clients, refinement_metadata, shadow_annotators
 from ..shadow import load_delta_dataset
 
 
@@ -82,7 +82,12 @@ class Prediction:
             raise UsageError(
                 "`--method best` compares candidates on public prompts.", expected="--refine_data", found="none"
             )
-        self._predictors = {} if dataset is None else fit_candidates(load_delta_dataset(dataset))
+        self._predictors, self._annotators_AP = {}, None
+        if dataset is not None:
+            deltas = load_delta_dataset(dataset)
+            self._predictors = fit_candidates(deltas)
+            if refinement.refine_data is not None:
+                self._annotators_AP = shadow_annotators(deltas, refinement.arguments())
         if method not in ("mapper", "best", *self._predictors):
             raise UsageError(
                 f"`{method}` cannot be fitted on this delta dataset.",
@@ -103,6 +108,7 @@ class Prediction:
             [self._mapper.tokenizers()[0].decode_delta(delta_P) for delta_P in source_NP],
             load_rows(self._flags.refine_data),
             arguments,
+            annotators_AP=self._annotators_AP,
             candidates=None if self._method == "best" else [self._method],
             **self._models,  # type: ignore[arg-type]
         )

@@ -36,7 +36,7 @@ from ..evaluation.report import build_report, summary_table, write_report
 from ..evaluation.scoring import Rows
 from ..finetuning import attach_root, load_base, load_rows
 from ..modeling_grad_transformer import GradTransformer
-from ..refinement import RefinementArguments, fit_candidates, refine_clients, refinement_metadata
+from ..refinement import RefinementArguments, fit_candidates, refine_clients, refinement_metadata, shadow_annotators
 from ..shadow import DeltaDataset, load_delta_dataset
 from ..training import evaluate_heldout
 from ._common import CommandParser, CommandResult, check_device
@@ -220,6 +220,7 @@ def refined_methods(
         clients,
         prompts,
         arguments,
+        annotators_AP=shadow_annotators(deltas, arguments),
         baseline=True,
         **models,  # type: ignore[arg-type]
     )

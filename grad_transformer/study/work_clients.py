@@ -20,7 +20,14 @@ from ..evaluation.reduced_rank import ReducedRankRegression
 from ..evaluation.scoring import completion_nll
 from ..evaluation.weak_to_strong import finetune_on_weak_labels, weak_labels
 from ..finetuning import FineTuningRecipe, attach_root, check_rows, load_base, write_adapter_tensors
-from ..refinement import RefinementArguments, Student, check_same_tokens, complete_clients, refine
+from ..refinement import (
+    RefinementArguments,
+    Student,
+    annotator_deltas,
+    check_same_tokens,
+    complete_clients,
+    refine,
+)
 from ..refinement.candidates import MINIMUM_TASKS
 from ..shadow import FineTuneJob, fine_tune_many
 from ..tokenization_lora_delta import LoraDeltaTokenizer
@@ -177,7 +184,8 @@ def refined(stage: Stage, study_dir: Path, folder: Path) -> dict[str, Any]:
         arguments,
     )
     student = Student(model, tokenizer, target_root, FineTuningRecipe.from_dict(params["recipe"]))
-    found = refine(completions, candidates, student, arguments)
+    annotators_AP = annotator_deltas(train.target, train.tasks, arguments.annotators)
+    found = refine(completions, candidates, student, arguments, annotators_AP=annotators_AP)
     tensors = {
         "refined": torch.stack([client.delta_P for client in found]),
         "candidate": torch.stack([client.candidate_delta_P for client in found]),

@@ -1,0 +1,237 @@
+"""Shadows as annotators of public prompts: what they say, with their words renamed as the client's TinyLM bears out.
+
+A client's task is seldom one of the shadows', but it may be one of them *in other words*: the same reading of the
+prompt, another name for each answer. An LLM with a shadow's adapter is then an annotator in the sense of Dawid and
+Skene (1979, "Maximum likelihood estimation of observer error-rates using the EM algorithm"): its words go through a
+channel, a table that says which word of the client's stands for each of its own. The TinyLM is the only evidence of
+the truth. It is weak at each token, but a channel has few entries and a public prompt costs nothing, so a thousand
+weak tokens decide it. What the best annotators then say is a whole skill, not the TinyLM's words place by place.
+
+Shape legend: K clients, A annotators, P values of an LLM adapter, M tokens of one client's completions, T tokens kept
+of a distribution, U words that a channel renames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..adapters.rows import Deltas, evenly_spaced
+from ..shadow import DeltaDataset
+from .arguments import RefinementArguments
+from .completions import Completions, TopTokens
+from .student import Student
+
+
+# Words of either model that a channel can rename: its frequent ones. Every other word stands for itself.
+_MOST_WORDS = 128
+# A word that makes up less than this share of what is said is not among them.
+_RARE = 1e-3
+# Probability that a word has beside all evidence, so that nothing is impossible.
+_FLOOR = 1e-3
+# What no annotator names is not impossible either.
+_LEAST = 1e-4
+# How often, before any evidence, a word has been seen to stand for itself.
+_SELF_COUNT = 0.5
+_EM_STEPS = 10
+# Tokens that it is fitted on, at even spacing: its entries are few.
+_MOST_TOKENS = 2**15
+_SINKHORN_STEPS = 5
+# Annotators whose testimony is taken together: at most so many, and none that tells so much less than the best.
+_TOGETHER, _NATS_BEHIND = 5, 0.1
+
+
+@dataclass(frozen=True)
+class Testimony:
+    """What the best annotators of one client say at each of its M tokens, in its words.
+
+    Args:
+        tokens ([`TopTokens`]): their geometric mean.
+        annotators (`list[int]`): which they are, the best first.
+        nats (`float`): what the best one tells of the TinyLM's words, per token: the mean log ratio of how likely
+            they are with its testimony and without; 0 for one that knows nothing.
+        possible_nats (`float`): what one would that is right as often as the TinyLM's probabilities say.
+    """
+
+    tokens: TopTokens
+    annotators: list[int]
+    nats: float
+    possible_nats: float
+
+    @property
+    def told(self) -> float:
+        """What is told as a share of what is possible; above 1 of a TinyLM that hedges."""
+        return self.nats / self.possible_nats if self.possible_nats > 0 else 0.0
+
+
+def annotator_deltas(target_NP: Deltas, tasks: Sequence[str | None], most: int) -> torch.Tensor:
+    """LLM deltas `(A, P)` to ask: the mean of each task, or, where a task is unknown, single pairs at even spacing.
+
+    Args:
+        target_NP (`torch.Tensor` or [`DeltaRows`]): the LLM's deltas of training pairs.
+        tasks (`Sequence[str | None]`): the task of each.
+        most (`int`): of more tasks, this many at even spacing; with 0 there are none.
+    """
+    if most == 0:
+        return torch.zeros(0, target_NP.shape[1])
+    names = sorted({task for task in tasks if task is not None})
+    if not names or None in tasks:
+        return target_NP[evenly_spaced(torch.arange(len(tasks)), most)]
+    rows: dict[str, list[int]] = {name: [] for name in names}
+    for row, task in enumerate(tasks):
+        rows[str(task)].append(row)
+    return torch.stack([target_NP[rows[name]].mean(0) for name in names[:: max(1, -(-len(names) // most))]])
+
+
+def shadow_annotators(deltas: DeltaDataset, arguments: RefinementArguments) -> torch.Tensor:
+    """[`annotator_deltas`] of a delta dataset's training pairs."""
+    train = deltas.pairs("train")
+    return annotator_deltas(train.target, train.tasks, arguments.annotators)
+
+
+def hear_annotators(
+    completions: Sequence[Completions],
+    annotators_AP: torch.Tensor,
+    student: Student,
+    arguments: RefinementArguments,
+    say: Callable[[str], None],
+) -> list[Testimony]:
+    """Ask all annotators about a few prompts of each of K clients, and the best ones of each client about all.
+
+    Args:
+        completions (`Sequence[Completions]`): of the K clients.
+        annotators_AP (`torch.Tensor`): LLM deltas.
+        student ([`Student`]): the LLM.
+        arguments ([`RefinementArguments`]).
+        say (`Callable`): called with a few words as the work goes on.
+    """
+    root_P = student.root.adapter.flat()
+    few = [each.some(arguments.screening_prompts) for each in completions]
+    channels: list[list[Channel]] = [[] for _ in completions]
+    for number, delta_P in enumerate(annotators_AP):
+        say(f"shadow {number + 1} of {len(annotators_AP)} testifies")
+        heard = student.read((root_P + delta_P).expand(len(few), -1), few, top_tokens=arguments.top_tokens)
+        for found, each, said in zip(channels, few, heard, strict=True):
+            found.append(Channel.fit(each, said))
+    best = [_ranked(found)[:_TOGETHER] for found in channels]
+    testimonies: list[list[tuple[Channel, TopTokens]]] = [[] for _ in completions]
+    for place in range(max(map(len, best))):
+        say(f"the best shadows testify on all prompts, {place + 1} of {max(map(len, best))}")
+        chosen_KP = torch.stack([annotators_AP[ranked[min(place, len(ranked) - 1)]] for ranked in best])
+        heard = student.read(root_P + chosen_KP, completions, top_tokens=arguments.top_tokens)
+        for index, said in enumerate(heard):
+            if place < len(best[index]):
+                start = channels[index][best[index][place]]
+                testimonies[index].append((Channel.fit(completions[index], said, start=start), said))
+    return [_together(each, ranked, heard) for each, ranked, heard in zip(completions, best, testimonies, strict=True)]
+
+
+@dataclass(frozen=True)
+class Channel:
+    """For U words, which word of the client's stands for each of the annotator's.
+
+    Args:
+        words_U (`torch.Tensor`): their token ids, ascending.
+        table_UU (`torch.Tensor`): probabilities, a row for each of the annotator's words; rows sum to 1.
+        nats (`float`): see [`Testimony`].
+    """
+
+    words_U: torch.Tensor
+    table_UU: torch.Tensor
+    nats: float
+
+    @classmethod
+    def fit(cls, teacher: Completions, said: TopTokens, *, start: Channel | None = None) -> Channel:
+        """The channel under which the annotator's words make the TinyLM's likeliest, by expectation maximisation.
+
+        With p what the annotator says at a place, q what the TinyLM says there and π what it says on average, the
+        TinyLM's evidence for a word is q / π, and the channel S maximises the mean of log(p S (q / π)). Words are
+        renamed one to one as far as the evidence allows (Sinkhorn's scaling after each step).
+        """
+        q, p = _heard(teacher, teacher.tokens), _heard(teacher, said)
+        words_U = torch.cat([_words(q), _words(p)]).unique() if start is None else start.words_U
+        q_MU, p_MU = q.of_words(words_U), p.of_words(words_U)
+        evidence_MU = (q_MU + _FLOOR) / (q_MU.mean(0) + _FLOOR)
+        own_U, theirs_U = p_MU.mean(0) > _RARE, q_MU.mean(0) > _RARE
+        identity_UU = _SELF_COUNT * torch.eye(len(words_U))
+        table_UU = _rows_to_one(p_MU.T @ q_MU + identity_UU) if start is None else start.table_UU
+        for step in range(_EM_STEPS):
+            likely_M = _likely(p_MU, table_UU, evidence_MU)
+            table_UU = _rows_to_one(table_UU * ((p_MU / likely_M[:, None]).T @ evidence_MU) + identity_UU)
+            # From the start it would make one to one what is only a guess.
+            if step >= 2 or start is not None:
+                table_UU = _one_to_one(table_UU, own_U, theirs_U)
+        return cls(words_U, table_UU, float(_likely(p_MU, table_UU, evidence_MU).log().mean()))
+
+    def rename(self, said: TopTokens, words_V: torch.Tensor) -> torch.Tensor:
+        """Probabilities `(M, V)` of the client's words, ascending; a word that the channel does not know is itself."""
+        renamed_MU = said.of_words(self.words_U) @ self.table_UU
+        places_V = torch.searchsorted(self.words_U, words_V).clamp(max=len(self.words_U) - 1)
+        return torch.where(self.words_U[places_V] == words_V, renamed_MU[:, places_V], said.of_words(words_V))
+
+
+def possible_nats(teacher: Completions) -> float:
+    """What an annotator would tell that is right as often as the TinyLM's probabilities say."""
+    q = _heard(teacher, teacher.tokens)
+    words_U = _words(q)
+    q_MU = q.of_words(words_U)
+    return float((q_MU * ((q_MU + _FLOOR) / (q_MU.mean(0) + _FLOOR)).log()).sum(1).mean())
+
+
+def _together(teacher: Completions, ranked: list[int], heard: list[tuple[Channel, TopTokens]]) -> Testimony:
+    """Geometric mean of the annotators that tell about as much as the best."""
+    order = _ranked([channel for channel, _ in heard])
+    (channel, best), most = heard[order[0]], heard[order[0]][0].nats
+    kept = [place for place in order if heard[place][0].nats > most - _NATS_BEHIND]
+    words_U = channel.words_U
+    # Beside the words that are renamed, those that TinyLM and best annotator name, each once.
+    others_MT = torch.cat([teacher.tokens.ids_MT, best.ids_MT], dim=1).sort(dim=1).values
+    named_MT = torch.nn.functional.pad(others_MT[:, 1:] == others_MT[:, :-1], (1, 0)) | torch.isin(others_MT, words_U)
+    logs = []
+    for place in kept:
+        channel, said = heard[place]
+        literal_MT = said.probabilities_of(others_MT)
+        logs.append(torch.cat([channel.rename(said, words_U), literal_MT], dim=1).clamp(min=_LEAST).log())
+    mean_MW = torch.stack(logs).mean(dim=0)
+    mean_MW[:, len(words_U) :].masked_fill_(named_MT, -torch.inf)
+    top = mean_MW.log_softmax(dim=1).topk(min(teacher.tokens.ids_MT.shape[1], mean_MW.shape[1]), dim=1)
+    ids_MW = torch.cat([words_U.expand(len(others_MT), -1), others_MT], dim=1)
+    tokens = TopTokens(ids_MW.gather(1, top.indices), top.values)
+    return Testimony(tokens, [ranked[place] for place in kept], most, possible_nats(teacher))
+
+
+def _ranked(channels: Sequence[Channel]) -> list[int]:
+    return sorted(range(len(channels)), key=lambda number: -channels[number].nats)
+
+
+def _heard(teacher: Completions, said: TopTokens) -> TopTokens:
+    places = teacher.counted_M.nonzero()[:, 0]
+    return said.where(evenly_spaced(places, _MOST_TOKENS))
+
+
+def _words(said: TopTokens) -> torch.Tensor:
+    return said.frequent(_MOST_WORDS, _RARE)
+
+
+def _likely(p_MU: torch.Tensor, table_UU: torch.Tensor, evidence_MU: torch.Tensor) -> torch.Tensor:
+    """Likelihood ratio of each token, `(M,)`. What the annotator says beyond the words is no evidence either way."""
+    return ((p_MU @ table_UU) * evidence_MU).sum(1) + (1 - p_MU.sum(1)).clamp(min=1e-6)
+
+
+def _rows_to_one(table_UU: torch.Tensor) -> torch.Tensor:
+    return table_UU / table_UU.sum(dim=1, keepdim=True)
+
+
+def _one_to_one(table_UU: torch.Tensor, own_U: torch.Tensor, theirs_U: torch.Tensor) -> torch.Tensor:
+    """Scale the frequent words' part so that no two of the annotator's stand for one of the client's."""
+    if not (own_U.any() and theirs_U.any()):
+        return table_UU
+    rows, columns = own_U.nonzero(), theirs_U.nonzero().T
+    part = table_UU[rows, columns] + 1e-6
+    for _ in range(_SINKHORN_STEPS):
+        part = _rows_to_one(part / part.sum(dim=0, keepdim=True))
+    scaled_UU = table_UU.clone()
+    scaled_UU[rows, columns] = part * table_UU[rows, columns].sum(dim=1, keepdim=True)
+    return scaled_UU

@@ -1,0 +1,155 @@
+"""Shadows as annotators: channels, testimony, and what a client's tokens are trained towards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from grad_transformer.refinement import Completions, RefinementArguments, TopTokens, annotator_deltas
+from grad_transformer.refinement.annotators import Channel, hear_annotators, possible_nats
+from grad_transformer.refinement.refinement import target_of_testimony
+from grad_transformer.refinement.student import SoftTarget
+
+
+WORDS, ROWS, LENGTH = 10, 240, 3
+FIRST_WORD = 20
+# The client's name for each of the annotator's words: one to one, and none its own.
+RENAMED = torch.tensor([3, 6, 9, 2, 5, 8, 1, 4, 7, 0])
+TRUTH = torch.randint(0, WORDS, (ROWS * LENGTH,), generator=torch.Generator().manual_seed(0))
+
+
+def said(words_M: torch.Tensor, sure: float | torch.Tensor, *, first_word: int = FIRST_WORD) -> TopTokens:
+    """A model that gives `sure` to its word and shares the rest among the others."""
+    sure_M = torch.as_tensor(sure, dtype=torch.float32).expand(len(words_M))
+    probabilities_MW = ((1 - sure_M) / (WORDS - 1))[:, None].repeat(1, WORDS)
+    probabilities_MW.scatter_(1, words_M[:, None], sure_M[:, None])
+    best = probabilities_MW.topk(WORDS, dim=1)
+    return TopTokens(best.indices + first_word, best.values.log())
+
+
+def heard_from(tokens: TopTokens, *, rows: int = ROWS) -> Completions:
+    return Completions([[1] * (LENGTH + 2)] * rows, [2] * rows, tokens, torch.ones(rows * LENGTH, dtype=torch.bool))
+
+
+def weak(seed: int = 1, right: float = 0.45) -> Completions:
+    """A TinyLM that is right in `right` of all cases, and says so."""
+    generator = torch.Generator().manual_seed(seed)
+    others = torch.randint(0, WORDS, TRUTH.shape, generator=generator)
+    words_M = torch.where(torch.rand(TRUTH.shape, generator=generator) < right, RENAMED[TRUTH], others)
+    return heard_from(said(words_M, right))
+
+
+def accuracy(tokens: TopTokens) -> float:
+    return float((tokens.best_M == RENAMED[TRUTH] + FIRST_WORD).float().mean())
+
+
+def test_a_weak_tinylm_reveals_which_word_stands_for_which() -> None:
+    teacher, annotator = weak(), said(TRUTH, 0.97)
+    assert accuracy(teacher.tokens) < 0.6
+    channel = Channel.fit(teacher, annotator)
+    rows = torch.searchsorted(channel.words_U, torch.arange(WORDS) + FIRST_WORD)
+    assert torch.equal(channel.table_UU[rows].argmax(dim=1), rows[RENAMED])
+    torch.testing.assert_close(channel.table_UU.sum(dim=1), torch.ones(len(channel.words_U)))
+    renamed_MU = channel.rename(annotator, channel.words_U)
+    assert float((channel.words_U[renamed_MU.argmax(1)] == RENAMED[TRUTH] + FIRST_WORD).float().mean()) == 1.0
+
+
+def test_an_annotator_who_looks_elsewhere_tells_little() -> None:
+    teacher = weak()
+    told = Channel.fit(teacher, said(TRUTH, 0.97)).nats
+    shuffled = TRUTH[torch.randperm(len(TRUTH), generator=torch.Generator().manual_seed(2))]
+    assert told > 0.75 * possible_nats(teacher)
+    assert Channel.fit(teacher, said(shuffled, 0.97)).nats < 0.25 * told
+
+
+def test_words_that_are_not_frequent_stand_for_themselves() -> None:
+    # One place in 720 has a word that the channel does not rename.
+    teacher, annotator = weak(), said(TRUTH, 0.7)
+    annotator.ids_MT[5, 0] = 90
+    channel = Channel.fit(teacher, annotator)
+    assert 90 not in channel.words_U
+    assert channel.rename(annotator, torch.tensor([FIRST_WORD, 90]))[5, 1] == pytest.approx(0.7, abs=1e-4)
+
+
+class Readings:
+    """A student whose adapters are numbers: each says what it is told to, on whatever rows it is asked about."""
+
+    class root:
+        class adapter:
+            @staticmethod
+            def flat() -> torch.Tensor:
+                return torch.zeros(1)
+
+    def __init__(self, says: Sequence[TopTokens]):
+        self.says, self.asked = says, []
+
+    def read(self, values_KP: torch.Tensor, completions: Sequence[Completions], *, top_tokens: int) -> list[TopTokens]:
+        self.asked += [(int(value), len(each.rows)) for value, each in zip(values_KP, completions, strict=True)]
+        return [self._of(self.says[int(value)], each) for value, each in zip(values_KP, completions, strict=True)]
+
+    @staticmethod
+    def _of(said: TopTokens, asked: Completions) -> TopTokens:
+        places = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH)[:: ROWS // len(asked.rows)]
+        return said.where(places.flatten())
+
+
+def test_the_best_annotators_are_found_on_few_prompts_and_asked_on_all() -> None:
+    generator = torch.Generator().manual_seed(3)
+    strangers = [said(torch.randint(0, WORDS, TRUTH.shape, generator=generator), 0.97) for _ in range(7)]
+    # Two know the skill, one of them in other words again, and each errs in a tenth of the places.
+    knowing = []
+    for words_M in (TRUTH, (TRUTH + 4) % WORDS):
+        errs = torch.rand(TRUTH.shape, generator=generator) < 0.1
+        knowing.append(said(torch.where(errs, 0, words_M), torch.where(errs, 0.3, 0.97)))
+    student = Readings([*strangers, *knowing])
+    arguments = RefinementArguments(screening_prompts=ROWS // 2)
+    (testimony,) = hear_annotators(
+        [weak()],
+        torch.arange(9.0)[:, None],
+        student,
+        arguments,
+        lambda _: None,  # type: ignore[arg-type]
+    )
+    assert sorted(testimony.annotators) == [7, 8]
+    assert student.asked[:9] == [(number, ROWS // 2) for number in range(9)]
+    assert {number for number, rows in student.asked[9:] if rows == ROWS} >= {7, 8}
+    assert accuracy(testimony.tokens) > 0.97
+    assert 0.75 < testimony.told < 1.25
+    torch.testing.assert_close(
+        testimony.tokens.log_probs_MT.exp().sum(1), torch.ones(ROWS * LENGTH), atol=0.02, rtol=0
+    )
+
+
+def test_the_target_weighs_testimony_later_words_and_tinylm() -> None:
+    teacher = heard_from(TopTokens(torch.tensor([[3, 4]] * 3), torch.tensor([[0.64, 0.36]] * 3).log()), rows=1)
+    testimony = TopTokens(torch.tensor([[4, 3]] * 3), torch.tensor([[0.9, 0.1]] * 3).log())
+    later = TopTokens(torch.tensor([[3, 4]] * 3), torch.tensor([[0.4, 0.6]] * 3).log())
+    target = target_of_testimony(teacher, [testimony, later], 2.0)
+    three, four = (0.1 * 0.4) ** 0.5 * 0.8, (0.9 * 0.6) ** 0.5 * 0.6
+    assert target.tokens.ids_MT.tolist() == [[4, 3]] * 3
+    found = target.tokens.log_probs_MT.exp()
+    torch.testing.assert_close(found, torch.tensor([[four, three]] * 3) / (three + four))
+    torch.testing.assert_close(target.weights_M, found[:, 0] ** 2)
+    assert SoftTarget.alike(teacher.tokens).weights_M.tolist() == [1.0] * 3
+
+
+def test_annotators_are_the_means_of_tasks() -> None:
+    target_NP = torch.arange(12.0).view(6, 2)
+    tasks = ["b", "a", "b", "c", "a", "c"]
+    means = annotator_deltas(target_NP, tasks, 64)
+    assert means.tolist() == [target_NP[[1, 4]].mean(0).tolist(), [2.0, 3.0], target_NP[[3, 5]].mean(0).tolist()]
+    assert len(annotator_deltas(target_NP, tasks, 2)) == 2
+    # Where a task is unknown, single pairs.
+    assert annotator_deltas(target_NP, [*tasks[:5], None], 3).tolist() == target_NP[::2].tolist()
+    assert annotator_deltas(target_NP, tasks, 0).shape == (0, 2)
+
+
+def test_a_client_who_said_nothing_has_no_words() -> None:
+    teacher = weak()
+    few = teacher.some(7)
+    assert len(few.rows) <= 7 and len(few.counted_M) == LENGTH * len(few.rows)
+    assert torch.equal(few.tokens.ids_MT[LENGTH], teacher.tokens.ids_MT[LENGTH * (-(-ROWS // 7))])
+    silent = Completions(teacher.rows, teacher.starts, teacher.tokens, torch.zeros_like(teacher.counted_M))
+    assert silent.agreement(teacher.tokens, 1.0) == 0.0
