@@ -26,7 +26,15 @@ from grad_transformer.evaluation.controls import fit_controls
 from grad_transformer.evaluation.reduced_rank import ReducedRankRegression
 from grad_transformer.finetuning import load_rows
 from grad_transformer.lab.inputs import NUM_DIGITS
-from grad_transformer.refinement import RefinementArguments, candidate_deltas, complete_clients, fit_candidates, refine
+from grad_transformer.refinement import (
+    RefinementArguments,
+    annotator_deltas,
+    candidate_deltas,
+    complete_clients,
+    fit_candidates,
+    refine,
+    shadow_annotators,
+)
 
 
 NUM_TASKS = (7, 14, 21, 28)
@@ -35,7 +43,7 @@ NUM_RUNS = 112
 STEPS = ((0, 80), (1, 20), (1, 40), (1, 80), (2, 80), (3, 80))
 SORTS = ("seen", "small", "skewed", "mixture", "unseen")
 DEFAULTS = RefinementArguments(max_new_tokens=NUM_DIGITS + 1)
-COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#7A7A7A", "#E69F00")
+COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#7A7A7A", "#E69F00", "#0072B2")
 
 
 class Clients:
@@ -78,8 +86,13 @@ def by_number_of_tasks(lab: FinishedLab, clients: Clients) -> dict[int, dict[str
         )
         deltas = {"mapper": train_mapper_on(lab, rows).generate_deltas(source)}
         deltas |= {name: way.predict(source) for name, way in ways.items()}
-        refined = refine([clients.heard[number] for number in unseen], deltas, clients.student, DEFAULTS)
-        deltas["refined"] = torch.stack([each.delta_P for each in refined])
+        refinements = {}
+        shadows_AP = annotator_deltas(pairs[1], [train.tasks[row] for row in rows], DEFAULTS.annotators)
+        heard = [clients.heard[number] for number in unseen]
+        for name, annotators_AP in (("refined, TinyLM and LLM alone", None), ("refined", shadows_AP)):
+            refined = refine(heard, deltas, clients.student, DEFAULTS, annotators_AP=annotators_AP)
+            refinements[name] = torch.stack([each.delta_P for each in refined])
+        deltas |= refinements
         found[count] = {
             name: fmean(score_many(llm, [lab.adapter("target", delta_P) for delta_P in values], tests)[0])
             for name, values in deltas.items()
@@ -91,9 +104,11 @@ def by_number_of_tasks(lab: FinishedLab, clients: Clients) -> dict[int, dict[str
 def by_steps(lab: FinishedLab, clients: Clients) -> dict[int, dict[str, float]]:
     """Mean exact match by sort of client, for each number of refinement steps."""
     candidates = candidate_deltas(lab.mapper, fit_candidates(lab.deltas), clients.source)
+    annotators_AP = shadow_annotators(lab.deltas, DEFAULTS)
     llm, found = lab.scorer("target"), {}
     for rounds, steps in STEPS:
-        refined = refine(clients.heard, candidates, clients.student, replace(DEFAULTS, rounds=rounds, steps=steps))
+        arguments = replace(DEFAULTS, rounds=rounds, steps=steps)
+        refined = refine(clients.heard, candidates, clients.student, arguments, annotators_AP=annotators_AP)
         adapters = [lab.adapter("target", each.delta_P) for each in refined]
         scores, _ = score_many(llm, adapters, clients.tests)
         found[rounds * steps] = {sort: fmean(scores[number] for number in clients.of_sort(sort)) for sort in SORTS}

@@ -15,6 +15,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,6 +31,7 @@ from grad_transformer.refinement import (
     Completions,
     Refinement,
     RefinementArguments,
+    annotator_deltas,
     complete_clients,
     public_weak_to_strong,
     refine,
@@ -43,16 +45,16 @@ SETTINGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "default": ({}, ()),
     "from the mapper alone": ({}, ("mapper",)),
     "from ridge alone": ({}, ("ridge",)),
-    "TinyLM alone, every token alike": ({"certainty_power": 0.0, "second_witness": False}, ()),
-    "TinyLM alone": ({"second_witness": False}, ()),
+    "8 shadows asked": ({"annotators": 8}, ()),
+    "TinyLM and LLM": ({"annotators": 0}, ()),
+    "TinyLM alone": ({"annotators": 0, "second_witness": False}, ()),
+    "TinyLM alone, every token alike": ({"annotators": 0, "second_witness": False, "certainty_power": 0.0}, ()),
     "every token alike": ({"certainty_power": 0.0}, ()),
     "covered clients too": ({"covered_agreement": 9.0}, ()),
     "1 round": ({"rounds": 1}, ()),
     "3 rounds": ({"rounds": 3}, ()),
     "40 steps": ({"steps": 40}, ()),
     "256 prompts": ({"num_prompts": 256}, ()),
-    "half the learning rate": ({"learning_rate": 5e-3}, ()),
-    "twice the learning rate": ({"learning_rate": 2e-2}, ()),
 }
 
 
@@ -169,7 +171,9 @@ def measure(folder: str, num_left_out: int, names: list[str]) -> dict[str, dict[
         changes, chosen = SETTINGS[name]
         arguments = replace(DEFAULTS, **changes)
         pool = {key: value for key, value in candidates.items() if not chosen or key in chosen}
-        found, seconds = timed(lambda said: refine(said, pool, student, arguments), arguments.num_prompts)  # noqa: B023
+        annotators_AP = annotator_deltas(world.target, world.tasks, arguments.annotators)
+        work = partial(refine, candidates=pool, student=student, arguments=arguments, annotators_AP=annotators_AP)
+        found, seconds = timed(work, arguments.num_prompts)
         if name == "default":
             record("best candidate", "target", torch.stack([each.candidate_delta_P for each in found]))
         record(f"refined, {name}", "target", torch.stack([each.delta_P for each in found]), seconds)

@@ -26,7 +26,14 @@ from grad_transformer.client.mechanism import noise_multiplier_for
 from grad_transformer.client.private import PrivacyArguments, finetune_client_privately
 from grad_transformer.finetuning import FineTuningRecipe
 from grad_transformer.lab.inputs import NUM_DIGITS
-from grad_transformer.refinement import RefinementArguments, candidate_deltas, complete_clients, fit_candidates, refine
+from grad_transformer.refinement import (
+    RefinementArguments,
+    candidate_deltas,
+    complete_clients,
+    fit_candidates,
+    refine,
+    shadow_annotators,
+)
 from grad_transformer.scripts.train import train
 from grad_transformer.training import GradTransformerTrainingArguments, MapperArguments
 
@@ -153,7 +160,7 @@ def main() -> None:
             ]
         candidates = candidate_deltas(mappers["generated, noise in training"], predictors, deltas)
         heard = complete_clients([lab.adapter("source", delta_P) for delta_P in deltas], public, ask, DEFAULTS)
-        refined = refine(heard, candidates, student, DEFAULTS)
+        refined = refine(heard, candidates, student, DEFAULTS, annotators_AP=shadow_annotators(lab.deltas, DEFAULTS))
         adapters = [lab.adapter("target", each.delta_P) for each in refined]
         scores["refined"] = score_many(llm, adapters, tests)[0]
         found["scores"] = {**scores, **fixed}

@@ -53,12 +53,14 @@ class Testimony:
         nats (`float`): what the best one tells of the TinyLM's words, per token: the mean log ratio of how likely
             they are with its testimony and without; 0 for one that knows nothing.
         possible_nats (`float`): what one would that is right as often as the TinyLM's probabilities say.
+        screened (`tuple`): some of the client's rows, and what every annotator says to them.
     """
 
     tokens: TopTokens
     annotators: list[int]
     nats: float
     possible_nats: float
+    screened: tuple[Completions, list[TopTokens]]
 
     @property
     def told(self) -> float:
@@ -107,14 +109,18 @@ def hear_annotators(
         arguments ([`RefinementArguments`]).
         say (`Callable`): called with a few words as the work goes on.
     """
+    if not completions:
+        return []
     root_P = student.root.adapter.flat()
     few = [each.some(arguments.screening_prompts) for each in completions]
     channels: list[list[Channel]] = [[] for _ in completions]
+    screened: list[list[TopTokens]] = [[] for _ in completions]
     for number, delta_P in enumerate(annotators_AP):
         say(f"shadow {number + 1} of {len(annotators_AP)} testifies")
         heard = student.read((root_P + delta_P).expand(len(few), -1), few, top_tokens=arguments.top_tokens)
-        for found, each, said in zip(channels, few, heard, strict=True):
-            found.append(Channel.fit(each, said))
+        for index, said in enumerate(heard):
+            channels[index].append(Channel.fit(few[index], said))
+            screened[index].append(said)
     best = [_ranked(found)[:_TOGETHER] for found in channels]
     testimonies: list[list[tuple[Channel, TopTokens]]] = [[] for _ in completions]
     for place in range(max(map(len, best))):
@@ -125,7 +131,10 @@ def hear_annotators(
             if place < len(best[index]):
                 start = channels[index][best[index][place]]
                 testimonies[index].append((Channel.fit(completions[index], said, start=start), said))
-    return [_together(each, ranked, heard) for each, ranked, heard in zip(completions, best, testimonies, strict=True)]
+    return [
+        _together(each, best[index], testimonies[index], (few[index], screened[index]))
+        for index, each in enumerate(completions)
+    ]
 
 
 @dataclass(frozen=True)
@@ -180,7 +189,12 @@ def possible_nats(teacher: Completions) -> float:
     return float((q_MU * ((q_MU + _FLOOR) / (q_MU.mean(0) + _FLOOR)).log()).sum(1).mean())
 
 
-def _together(teacher: Completions, ranked: list[int], heard: list[tuple[Channel, TopTokens]]) -> Testimony:
+def _together(
+    teacher: Completions,
+    ranked: list[int],
+    heard: list[tuple[Channel, TopTokens]],
+    screened: tuple[Completions, list[TopTokens]],
+) -> Testimony:
     """Geometric mean of the annotators that tell about as much as the best."""
     order = _ranked([channel for channel, _ in heard])
     (channel, best), most = heard[order[0]], heard[order[0]][0].nats
@@ -199,7 +213,7 @@ def _together(teacher: Completions, ranked: list[int], heard: list[tuple[Channel
     top = mean_MW.log_softmax(dim=1).topk(min(teacher.tokens.ids_MT.shape[1], mean_MW.shape[1]), dim=1)
     ids_MW = torch.cat([words_U.expand(len(others_MT), -1), others_MT], dim=1)
     tokens = TopTokens(ids_MW.gather(1, top.indices), top.values)
-    return Testimony(tokens, [ranked[place] for place in kept], most, possible_nats(teacher))
+    return Testimony(tokens, [ranked[place] for place in kept], most, possible_nats(teacher), screened)
 
 
 def _ranked(channels: Sequence[Channel]) -> list[int]:

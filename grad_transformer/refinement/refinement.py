@@ -26,6 +26,7 @@ from ..finetuning import write_adapter_tensors
 from .annotators import Testimony, hear_annotators
 from .arguments import RefinementArguments
 from .completions import Completions, TopTokens, complete_prompts
+from .mixtures import mixture_targets
 from .student import SoftTarget, Student
 
 
@@ -218,26 +219,28 @@ def _refine_group(
     open_clients = [
         index for index, agreement in enumerate(agreements) if not is_covered(agreement, expected[index], arguments)
     ]
-    hedges = {index: histories[index][0] > HEDGING * expected[index] for index in open_clients}
     testimonies: dict[int, Testimony] = {}
-    testified: set[int] = set()
     if annotators_AP is not None and len(annotators_AP) and arguments.rounds:
         speaking = [index for index in open_clients if completions[index].counted_M.any()]
         heard = hear_annotators([completions[index] for index in speaking], annotators_AP, student, arguments, say)
-        for index, testimony in zip(speaking, heard, strict=True):
-            hedges[index] = completions[index].agreement(testimony.tokens, power) > HEDGING * expected[index]
-            testimonies[index] = testimony
-            if testimony.told > _TELLING:
-                testified.add(index)
-                readings[index] = [testimony.tokens]
+        testimonies = dict(zip(speaking, heard, strict=True))
+    told = {index for index, testimony in testimonies.items() if testimony.told > _TELLING}
+    for index in told:
+        readings[index] = [testimonies[index].tokens]
+    hedging = []
+    for index in open_clients:
+        judge = testimonies[index].tokens if index in testimonies else readings[index][0]
+        if completions[index].agreement(judge, power) > HEDGING * expected[index]:
+            hedging.append(index)
+    hedged = _hedged_targets(hedging, completions, testimonies, annotators_AP, student, arguments, say)
     for round_number in range(arguments.rounds if open_clients else 0):
         say(f"round {round_number + 1} of {arguments.rounds}: {len(open_clients)} clients")
         asked = [completions[index] for index in open_clients]
         targets = []
         for index in open_clients:
-            if hedges[index]:
-                targets.append(SoftTarget.alike(completions[index].tokens))
-            elif index in testified:
+            if index in hedged:
+                targets.append(hedged[index])
+            elif index in told:
                 targets.append(target_of_testimony(completions[index], readings[index], power))
             else:
                 targets.append(soft_target(completions[index], readings[index], histories[index][-1], arguments))
@@ -270,6 +273,29 @@ def _refine_group(
         )
         for index, name in enumerate(names)
     ]
+
+
+def _hedged_targets(
+    hedging: Sequence[int],
+    completions: Sequence[Completions],
+    testimonies: Mapping[int, Testimony],
+    annotators_AP: torch.Tensor | None,
+    student: Student,
+    arguments: RefinementArguments,
+    say: Progress,
+) -> dict[int, SoftTarget]:
+    """Targets of clients that hedge. Without shadows to explain it, what the TinyLM says is taken as it is."""
+    targets = {}
+    for index in hedging:
+        tokens = completions[index].tokens
+        targets[index] = SoftTarget.by_confidence(tokens.ids_MT, tokens.log_probs_MT, 0.0)
+    known = [index for index in hedging if index in testimonies]
+    if known and annotators_AP is not None:
+        screened = [testimonies[index].screened for index in known]
+        asked = [completions[index] for index in known]
+        mixed = mixture_targets(asked, screened, annotators_AP, student, arguments, say)
+        targets.update(zip(known, mixed, strict=True))
+    return targets
 
 
 def is_covered(agreement: Mapping[str, float], expected: float, arguments: RefinementArguments) -> bool:

@@ -39,13 +39,8 @@ class SoftTarget:
     weights_M: torch.Tensor
 
     @classmethod
-    def alike(cls, tokens: TopTokens) -> SoftTarget:
-        """Every token counts alike."""
-        return cls(tokens, torch.ones(len(tokens.best_M)))
-
-    @classmethod
     def by_confidence(cls, ids_MT: torch.Tensor, log_probs_MT: torch.Tensor, power: float) -> SoftTarget:
-        """A token counts by the highest probability of its target, to a power."""
+        """A token counts by the highest probability of its target, to a power; with 0 all count alike."""
         order_MT = log_probs_MT.argsort(dim=1, descending=True, stable=True)
         tokens = TopTokens(ids_MT.gather(1, order_MT), log_probs_MT.gather(1, order_MT))
         return cls(tokens, tokens.confidence_M**power)

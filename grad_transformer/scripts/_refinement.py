@@ -36,6 +36,10 @@ class RefinementFlags:
         default=_DEFAULTS.rounds, metadata={"help": "Rounds of refinement; 0 only chooses among candidates."}
     )
     refine_steps: int = field(default=_DEFAULTS.steps, metadata={"help": "Optimizer steps of a round."})
+    refine_annotators: int = field(
+        default=_DEFAULTS.annotators,
+        metadata={"help": "Most shadow tasks of `--dataset` that are asked about the prompts; 0: none."},
+    )
     refine_learning_rate: float | None = field(
         default=None, metadata={"help": "Default: a sixth of that of the LLM's shadow runs."}
     )
@@ -48,6 +52,7 @@ class RefinementFlags:
             num_prompts=self.refine_prompts,
             rounds=self.refine_rounds,
             steps=self.refine_steps,
+            annotators=self.refine_annotators,
             learning_rate=self.refine_learning_rate,
             max_new_tokens=self.refine_max_new_tokens,
             seed=seed,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -212,15 +214,10 @@ def load_delta_dataset(
                 remedy="build or download the dataset again",
             )
     data_files = {split: str(folder / "data" / f"{split}-*.parquet") for split in manifest["splits"]}
-    # By default Arrow holds a whole file while it is turned into a memory-mapped table, and its allocator keeps what
-    # was freed: both grow with the file.
+    # By default Arrow holds a whole file while it is turned into a memory-mapped table.
     reading = ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)
-    pool = pa.default_memory_pool()
-    pa.set_memory_pool(pa.system_memory_pool())
-    try:
+    with _lean_arrow():
         splits = datasets.load_dataset("parquet", data_files=data_files, fragment_scan_options=reading)
-    finally:
-        pa.set_memory_pool(pool)
     seen: dict[str, str] = {}
     for split, rows in splits.items():
         for shadow_id in set(text_column(rows, "shadow_id")):
@@ -232,6 +229,21 @@ def load_delta_dataset(
                     found=f"{shadow_id} in {seen[shadow_id]} and {split}",
                 )
     return DeltaDataset(dict(splits), manifest, folder, fetched.origin)
+
+
+@contextmanager
+def _lean_arrow() -> Iterator[None]:
+    """Arrow without threads and pools of its own, whose allocators keep what was freed: they grow with the file."""
+    pool, threads, io_threads = pa.default_memory_pool(), pa.cpu_count(), pa.io_thread_count()
+    pa.set_memory_pool(pa.system_memory_pool())
+    pa.set_cpu_count(1)
+    pa.set_io_thread_count(1)
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(pool)
+        pa.set_cpu_count(threads)
+        pa.set_io_thread_count(io_threads)
 
 
 def _stream(fetched: Fetched, manifest: dict[str, Any], token: str | bool | None) -> dict[str, Any]:

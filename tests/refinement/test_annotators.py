@@ -10,7 +10,6 @@ import torch
 from grad_transformer.refinement import Completions, RefinementArguments, TopTokens, annotator_deltas
 from grad_transformer.refinement.annotators import Channel, hear_annotators, possible_nats
 from grad_transformer.refinement.refinement import target_of_testimony
-from grad_transformer.refinement.student import SoftTarget
 
 
 WORDS, ROWS, LENGTH = 10, 240, 3
@@ -132,7 +131,6 @@ def test_the_target_weighs_testimony_later_words_and_tinylm() -> None:
     found = target.tokens.log_probs_MT.exp()
     torch.testing.assert_close(found, torch.tensor([[four, three]] * 3) / (three + four))
     torch.testing.assert_close(target.weights_M, found[:, 0] ** 2)
-    assert SoftTarget.alike(teacher.tokens).weights_M.tolist() == [1.0] * 3
 
 
 def test_annotators_are_the_means_of_tasks() -> None:

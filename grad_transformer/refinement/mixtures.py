@@ -1,0 +1,106 @@
+"""Clients whose TinyLM learned several of the shadows' tasks at once: a mixture of shadows, row by row.
+
+Such a TinyLM hedges: at each token it spreads its probability over what the tasks would say. Shadows of these tasks,
+each with a weight of its own, say the same more sharply, for each of them answers a whole row: the tokens before tell
+which of them is speaking. The weights are those under which the mixture says what the TinyLM says.
+
+Shape legend: K clients, A annotators, P values of an LLM adapter, M tokens of one client's completions, T tokens kept
+of a distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .arguments import RefinementArguments
+from .completions import Completions, TopTokens
+from .student import SoftTarget, Student
+
+
+# Share of an annotator's words that may be any of the TinyLM's.
+_SLIP = 0.02
+_EM_STEPS = 100
+# Annotators of less weight are left out, and all beyond so many.
+_LEAST_WEIGHT, _MOST = 0.02, 6
+
+
+def mixture_targets(
+    completions: Sequence[Completions],
+    screened: Sequence[tuple[Completions, Sequence[TopTokens]]],
+    annotators_AP: torch.Tensor,
+    student: Student,
+    arguments: RefinementArguments,
+    say: Callable[[str], None],
+) -> list[SoftTarget]:
+    """What the tokens of K hedging clients are trained towards: the mean of TinyLM and mixture, every token alike.
+
+    Args:
+        completions (`Sequence[Completions]`): of the K clients.
+        screened (`Sequence`): for each, some of its rows, and what every annotator says to them.
+        annotators_AP (`torch.Tensor`): LLM deltas.
+        student ([`Student`]): the LLM.
+        arguments ([`RefinementArguments`]).
+        say (`Callable`): called with a few words as the work goes on.
+    """
+    root_P = student.root.adapter.flat()
+    chosen: list[list[int]] = []
+    for few, heard in screened:
+        weights_A = mixture_weights(few, heard)
+        best = weights_A.topk(min(_MOST, len(weights_A)))
+        chosen.append(best.indices[best.values > _LEAST_WEIGHT].tolist() or [int(best.indices[0])])
+    heard_all: list[list[TopTokens]] = [[] for _ in completions]
+    most = max(map(len, chosen), default=0)
+    for place in range(most):
+        say(f"shadows of mixtures speak, {place + 1} of {most}")
+        adapters_KP = torch.stack([annotators_AP[each[min(place, len(each) - 1)]] for each in chosen])
+        said = student.read(root_P + adapters_KP, completions, top_tokens=arguments.top_tokens)
+        for index, tokens in enumerate(said):
+            if place < len(chosen[index]):
+                heard_all[index].append(tokens)
+    targets = []
+    for teacher, heard in zip(completions, heard_all, strict=True):
+        mixed_MT = mixture(teacher, heard, mixture_weights(teacher, heard))
+        target_MT = (_on_own_tokens(teacher.tokens, teacher) + mixed_MT) / 2
+        targets.append(SoftTarget.by_confidence(teacher.tokens.ids_MT, target_MT.log(), 0.0))
+    return targets
+
+
+def mixture_weights(teacher: Completions, heard: Sequence[TopTokens]) -> torch.Tensor:
+    """Weights `(A,)` under which annotators together say what the TinyLM says, by expectation maximisation."""
+    p_AMT, before_AM = _annotators(teacher, heard)
+    q_MT = _on_own_tokens(teacher.tokens, teacher)
+    weights_A = torch.full((len(heard),), 1 / len(heard))
+    for _ in range(_EM_STEPS):
+        speaking_AM = _speaking(weights_A, before_AM)
+        mixed_MT = (speaking_AM[:, :, None] * p_AMT).sum(0)
+        share_AM = speaking_AM * (p_AMT * (q_MT / mixed_MT)).sum(2)
+        weights_A = share_AM[:, teacher.counted_M].sum(1)
+        weights_A = weights_A / weights_A.sum()
+    return weights_A
+
+
+def mixture(teacher: Completions, heard: Sequence[TopTokens], weights_A: torch.Tensor) -> torch.Tensor:
+    """What the mixture says at each place, `(M, T)`, on the tokens that the TinyLM names there."""
+    p_AMT, before_AM = _annotators(teacher, heard)
+    return (_speaking(weights_A, before_AM)[:, :, None] * p_AMT).sum(0)
+
+
+def _speaking(weights_A: torch.Tensor, before_AM: torch.Tensor) -> torch.Tensor:
+    """How likely it is, at each place, that an annotator is the one that speaks."""
+    return (weights_A.clamp(min=1e-12).log()[:, None] + before_AM).softmax(0)
+
+
+def _annotators(teacher: Completions, heard: Sequence[TopTokens]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each one's probabilities of the TinyLM's tokens `(A, M, T)`, and log probability of the row's words before."""
+    p_AMT = torch.stack([_on_own_tokens(said, teacher) for said in heard])
+    spoken_AM = p_AMT[:, :, 0].log()
+    sizes = [len(row) - start for row, start in zip(teacher.rows, teacher.starts, strict=True)]
+    return p_AMT, torch.cat([row.cumsum(1) - row for row in spoken_AM.split(sizes, dim=1)], dim=1)
+
+
+def _on_own_tokens(said: TopTokens, teacher: Completions) -> torch.Tensor:
+    p_MT = said.probabilities_of(teacher.tokens.ids_MT)
+    p_MT = (1 - _SLIP) * p_MT + _SLIP / p_MT.shape[1]
+    return p_MT / p_MT.sum(1, keepdim=True)
