@@ -87,10 +87,10 @@ def by_number_of_tasks(lab: FinishedLab, clients: Clients) -> dict[int, dict[str
         deltas = {"mapper": train_mapper_on(lab, rows).generate_deltas(source)}
         deltas |= {name: way.predict(source) for name, way in ways.items()}
         refinements = {}
-        shadows_AP = annotator_deltas(pairs[1], [train.tasks[row] for row in rows], DEFAULTS.annotators)
+        shadows = annotator_deltas(pairs[1], [train.tasks[row] for row in rows], DEFAULTS.annotators)
         heard = [clients.heard[number] for number in unseen]
-        for name, annotators_AP in (("refined, TinyLM and LLM alone", None), ("refined", shadows_AP)):
-            refined = refine(heard, deltas, clients.student, DEFAULTS, annotators_AP=annotators_AP)
+        for name, annotators in (("refined, TinyLM and LLM alone", {}), ("refined", shadows)):
+            refined = refine(heard, deltas, clients.student, DEFAULTS, annotators=annotators)
             refinements[name] = torch.stack([each.delta_P for each in refined])
         deltas |= refinements
         found[count] = {
@@ -104,11 +104,11 @@ def by_number_of_tasks(lab: FinishedLab, clients: Clients) -> dict[int, dict[str
 def by_steps(lab: FinishedLab, clients: Clients) -> dict[int, dict[str, float]]:
     """Mean exact match by sort of client, for each number of refinement steps."""
     candidates = candidate_deltas(lab.mapper, fit_candidates(lab.deltas), clients.source)
-    annotators_AP = shadow_annotators(lab.deltas, DEFAULTS)
+    annotators = shadow_annotators(lab.deltas, DEFAULTS)
     llm, found = lab.scorer("target"), {}
     for rounds, steps in STEPS:
         arguments = replace(DEFAULTS, rounds=rounds, steps=steps)
-        refined = refine(clients.heard, candidates, clients.student, arguments, annotators_AP=annotators_AP)
+        refined = refine(clients.heard, candidates, clients.student, arguments, annotators=annotators)
         adapters = [lab.adapter("target", each.delta_P) for each in refined]
         scores, _ = score_many(llm, adapters, clients.tests)
         found[rounds * steps] = {sort: fmean(scores[number] for number in clients.of_sort(sort)) for sort in SORTS}

@@ -171,8 +171,8 @@ def measure(folder: str, num_left_out: int, names: list[str]) -> dict[str, dict[
         changes, chosen = SETTINGS[name]
         arguments = replace(DEFAULTS, **changes)
         pool = {key: value for key, value in candidates.items() if not chosen or key in chosen}
-        annotators_AP = annotator_deltas(world.target, world.tasks, arguments.annotators)
-        work = partial(refine, candidates=pool, student=student, arguments=arguments, annotators_AP=annotators_AP)
+        annotators = annotator_deltas(world.target, world.tasks, arguments.annotators)
+        work = partial(refine, candidates=pool, student=student, arguments=arguments, annotators=annotators)
         found, seconds = timed(work, arguments.num_prompts)
         if name == "default":
             record("best candidate", "target", torch.stack([each.candidate_delta_P for each in found]))

@@ -160,7 +160,7 @@ def main() -> None:
             ]
         candidates = candidate_deltas(mappers["generated, noise in training"], predictors, deltas)
         heard = complete_clients([lab.adapter("source", delta_P) for delta_P in deltas], public, ask, DEFAULTS)
-        refined = refine(heard, candidates, student, DEFAULTS, annotators_AP=shadow_annotators(lab.deltas, DEFAULTS))
+        refined = refine(heard, candidates, student, DEFAULTS, annotators=shadow_annotators(lab.deltas, DEFAULTS))
         adapters = [lab.adapter("target", each.delta_P) for each in refined]
         scores["refined"] = score_many(llm, adapters, tests)[0]
         found["scores"] = {**scores, **fixed}

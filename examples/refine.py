@@ -22,7 +22,7 @@ def main(mapper_id: str, dataset_id: str, adapter_id: str, prompts: str, output_
         [client],
         load_rows(prompts),
         arguments,
-        annotators_AP=shadow_annotators(deltas, arguments),
+        annotators=shadow_annotators(deltas, arguments),
     )
     target.decode_delta(refined.delta_P).save_pretrained(output_dir)
     print(f"{refined.candidate}: agreement {refined.agreement_by_round}, possible {refined.expected_agreement:.3f}")

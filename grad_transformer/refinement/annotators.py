@@ -13,7 +13,7 @@ of a distribution, U words that a channel renames.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +49,7 @@ class Testimony:
 
     Args:
         tokens ([`TopTokens`]): their geometric mean.
-        annotators (`list[int]`): which they are, the best first.
+        annotators (`list[str]`): which they are, the best first.
         nats (`float`): what the best one tells of the TinyLM's words, per token: the mean log ratio of how likely
             they are with its testimony and without; 0 for one that knows nothing.
         possible_nats (`float`): what one would that is right as often as the TinyLM's probabilities say.
@@ -57,7 +57,7 @@ class Testimony:
     """
 
     tokens: TopTokens
-    annotators: list[int]
+    annotators: list[str]
     nats: float
     possible_nats: float
     screened: tuple[Completions, list[TopTokens]]
@@ -68,8 +68,8 @@ class Testimony:
         return self.nats / self.possible_nats if self.possible_nats > 0 else 0.0
 
 
-def annotator_deltas(target_NP: Deltas, tasks: Sequence[str | None], most: int) -> torch.Tensor:
-    """LLM deltas `(A, P)` to ask: the mean of each task, or, where a task is unknown, single pairs at even spacing.
+def annotator_deltas(target_NP: Deltas, tasks: Sequence[str | None], most: int) -> dict[str, torch.Tensor]:
+    """LLM deltas `(P,)` to ask, by task: the mean of each; where a task is unknown, single pairs at even spacing.
 
     Args:
         target_NP (`torch.Tensor` or [`DeltaRows`]): the LLM's deltas of training pairs.
@@ -77,17 +77,18 @@ def annotator_deltas(target_NP: Deltas, tasks: Sequence[str | None], most: int) 
         most (`int`): of more tasks, this many at even spacing; with 0 there are none.
     """
     if most == 0:
-        return torch.zeros(0, target_NP.shape[1])
-    names = sorted({task for task in tasks if task is not None})
-    if not names or None in tasks:
-        return target_NP[evenly_spaced(torch.arange(len(tasks)), most)]
-    rows: dict[str, list[int]] = {name: [] for name in names}
-    for row, task in enumerate(tasks):
-        rows[str(task)].append(row)
-    return torch.stack([target_NP[rows[name]].mean(0) for name in names[:: max(1, -(-len(names) // most))]])
+        return {}
+    if None in tasks:
+        rows_by_name = {f"pair {row}": [row] for row in range(len(tasks))}
+    else:
+        rows_by_name = {str(task): [] for task in sorted(set(tasks), key=str)}
+        for row, task in enumerate(tasks):
+            rows_by_name[str(task)].append(row)
+    names = list(rows_by_name)[:: max(1, -(-len(rows_by_name) // most))]
+    return {name: target_NP[rows_by_name[name]].mean(0) for name in names}
 
 
-def shadow_annotators(deltas: DeltaDataset, arguments: RefinementArguments) -> torch.Tensor:
+def shadow_annotators(deltas: DeltaDataset, arguments: RefinementArguments) -> dict[str, torch.Tensor]:
     """[`annotator_deltas`] of a delta dataset's training pairs."""
     train = deltas.pairs("train")
     return annotator_deltas(train.target, train.tasks, arguments.annotators)
@@ -95,7 +96,7 @@ def shadow_annotators(deltas: DeltaDataset, arguments: RefinementArguments) -> t
 
 def hear_annotators(
     completions: Sequence[Completions],
-    annotators_AP: torch.Tensor,
+    annotators: Mapping[str, torch.Tensor],
     student: Student,
     arguments: RefinementArguments,
     say: Callable[[str], None],
@@ -104,35 +105,34 @@ def hear_annotators(
 
     Args:
         completions (`Sequence[Completions]`): of the K clients.
-        annotators_AP (`torch.Tensor`): LLM deltas.
+        annotators (`Mapping[str, torch.Tensor]`): LLM deltas `(P,)` by name.
         student ([`Student`]): the LLM.
         arguments ([`RefinementArguments`]).
         say (`Callable`): called with a few words as the work goes on.
     """
     if not completions:
         return []
-    root_P = student.root.adapter.flat()
+    root_P, names = student.root.adapter.flat(), list(annotators)
     few = [each.some(arguments.screening_prompts) for each in completions]
     channels: list[list[Channel]] = [[] for _ in completions]
     screened: list[list[TopTokens]] = [[] for _ in completions]
-    for number, delta_P in enumerate(annotators_AP):
-        say(f"shadow {number + 1} of {len(annotators_AP)} testifies")
-        heard = student.read((root_P + delta_P).expand(len(few), -1), few, top_tokens=arguments.top_tokens)
+    for number, name in enumerate(names):
+        say(f"shadow {number + 1} of {len(names)} testifies")
+        heard = student.read((root_P + annotators[name]).expand(len(few), -1), few, top_tokens=arguments.top_tokens)
         for index, said in enumerate(heard):
             channels[index].append(Channel.fit(few[index], said))
             screened[index].append(said)
     best = [_ranked(found)[:_TOGETHER] for found in channels]
     testimonies: list[list[tuple[Channel, TopTokens]]] = [[] for _ in completions]
-    for place in range(max(map(len, best))):
-        say(f"the best shadows testify on all prompts, {place + 1} of {max(map(len, best))}")
-        chosen_KP = torch.stack([annotators_AP[ranked[min(place, len(ranked) - 1)]] for ranked in best])
+    for place in range(len(best[0])):
+        say(f"the best shadows testify on all prompts, {place + 1} of {len(best[0])}")
+        chosen_KP = torch.stack([annotators[names[ranked[place]]] for ranked in best])
         heard = student.read(root_P + chosen_KP, completions, top_tokens=arguments.top_tokens)
         for index, said in enumerate(heard):
-            if place < len(best[index]):
-                start = channels[index][best[index][place]]
-                testimonies[index].append((Channel.fit(completions[index], said, start=start), said))
+            start = channels[index][best[index][place]]
+            testimonies[index].append((Channel.fit(completions[index], said, start=start), said))
     return [
-        _together(each, best[index], testimonies[index], (few[index], screened[index]))
+        _together(each, [names[number] for number in best[index]], testimonies[index], (few[index], screened[index]))
         for index, each in enumerate(completions)
     ]
 
@@ -191,7 +191,7 @@ def possible_nats(teacher: Completions) -> float:
 
 def _together(
     teacher: Completions,
-    ranked: list[int],
+    names: list[str],
     heard: list[tuple[Channel, TopTokens]],
     screened: tuple[Completions, list[TopTokens]],
 ) -> Testimony:
@@ -213,7 +213,7 @@ def _together(
     top = mean_MW.log_softmax(dim=1).topk(min(teacher.tokens.ids_MT.shape[1], mean_MW.shape[1]), dim=1)
     ids_MW = torch.cat([words_U.expand(len(others_MT), -1), others_MT], dim=1)
     tokens = TopTokens(ids_MW.gather(1, top.indices), top.values)
-    return Testimony(tokens, [ranked[place] for place in kept], most, possible_nats(teacher), screened)
+    return Testimony(tokens, [names[place] for place in kept], most, possible_nats(teacher), screened)
 
 
 def _ranked(channels: Sequence[Channel]) -> list[int]:

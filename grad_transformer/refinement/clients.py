@@ -26,7 +26,7 @@ def refine_clients(
     prompts: Rows,
     arguments: RefinementArguments,
     *,
-    annotators_AP: torch.Tensor | None = None,
+    annotators: Mapping[str, torch.Tensor] | None = None,
     candidates: Sequence[str] | None = None,
     source_model: str | None = None,
     target_model: str | None = None,
@@ -43,7 +43,7 @@ def refine_clients(
         clients (`Sequence[LoraAdapter]`): their TinyLM adapters.
         prompts (`Dataset` or `Sequence[Mapping]`): public rows; only their column `prompt` is read.
         arguments ([`RefinementArguments`]).
-        annotators_AP (`torch.Tensor`, *optional*): LLM deltas of shadow tasks, as from [`shadow_annotators`].
+        annotators (`Mapping[str, torch.Tensor]`, *optional*): shadows to ask, as from [`shadow_annotators`].
         candidates (`Sequence[str]`, *optional*): names to choose among; default: the mapper and all predictors.
         source_model, target_model (`str`, *optional*): other places of the base models; checked.
         dtype, device: see [`load_base`].
@@ -74,9 +74,7 @@ def refine_clients(
     with tqdm(desc="refinement on public prompts", bar_format="{desc}: {postfix} [{elapsed}]") as bar:
         tinylm = (attach_root(loaded[0][0], source.root), loaded[0][1])
         completions = complete_clients(clients, prompts, tinylm, arguments, progress=bar.set_postfix_str)
-        refined = refine(
-            completions, deltas, student, arguments, annotators_AP=annotators_AP, progress=bar.set_postfix_str
-        )
+        refined = refine(completions, deltas, student, arguments, annotators=annotators, progress=bar.set_postfix_str)
         others = (
             public_weak_to_strong(completions, student, arguments, progress=bar.set_postfix_str) if baseline else []
         )

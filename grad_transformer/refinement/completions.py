@@ -56,11 +56,13 @@ class TopTokens:
         return TopTokens(self.ids_MT[chosen_M], self.log_probs_MT[chosen_M])
 
     def frequent(self, most: int, rare: float) -> torch.Tensor:
-        """Ids, ascending, of the `most` tokens that are named most; none that makes up less than `rare` of all."""
+        """Ids, ascending, of the `most` tokens that are named most; beside the first none below `rare` of all."""
         names, places = self.ids_MT.unique(return_inverse=True)
         share = torch.zeros(len(names)).index_add_(0, places.flatten(), self.log_probs_MT.exp().flatten())
         best = share.topk(min(most, len(names)))
-        return names[best.indices[best.values > rare * len(self.ids_MT)]].sort().values
+        kept = best.values > rare * len(self.ids_MT)
+        kept[:1] = True
+        return names[best.indices[kept]].sort().values
 
     def of_words(self, words_U: torch.Tensor) -> torch.Tensor:
         """Probabilities `(M, U)` of tokens in ascending order; 0 for what is not among a place's likeliest."""

@@ -10,7 +10,7 @@ of a distribution.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -29,7 +29,7 @@ _LEAST_WEIGHT, _MOST = 0.02, 6
 def mixture_targets(
     completions: Sequence[Completions],
     screened: Sequence[tuple[Completions, Sequence[TopTokens]]],
-    annotators_AP: torch.Tensor,
+    annotators: Mapping[str, torch.Tensor],
     student: Student,
     arguments: RefinementArguments,
     say: Callable[[str], None],
@@ -39,12 +39,12 @@ def mixture_targets(
     Args:
         completions (`Sequence[Completions]`): of the K clients.
         screened (`Sequence`): for each, some of its rows, and what every annotator says to them.
-        annotators_AP (`torch.Tensor`): LLM deltas.
+        annotators (`Mapping[str, torch.Tensor]`): LLM deltas `(P,)` by name.
         student ([`Student`]): the LLM.
         arguments ([`RefinementArguments`]).
         say (`Callable`): called with a few words as the work goes on.
     """
-    root_P = student.root.adapter.flat()
+    root_P, deltas = student.root.adapter.flat(), list(annotators.values())
     chosen: list[list[int]] = []
     for few, heard in screened:
         weights_A = mixture_weights(few, heard)
@@ -54,7 +54,7 @@ def mixture_targets(
     most = max(map(len, chosen), default=0)
     for place in range(most):
         say(f"shadows of mixtures speak, {place + 1} of {most}")
-        adapters_KP = torch.stack([annotators_AP[each[min(place, len(each) - 1)]] for each in chosen])
+        adapters_KP = torch.stack([deltas[each[min(place, len(each) - 1)]] for each in chosen])
         said = student.read(root_P + adapters_KP, completions, top_tokens=arguments.top_tokens)
         for index, tokens in enumerate(said):
             if place < len(chosen[index]):

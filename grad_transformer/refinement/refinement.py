@@ -1,9 +1,11 @@
-"""Refinement of generated adapters on public prompts, where the client's TinyLM and the LLM are two witnesses.
+"""Refinement of generated adapters on public prompts, where TinyLM, shadows and LLM are witnesses.
 
-The provider holds the client's TinyLM adapter, so it can ask it what it would say to any public prompt. The LLM with
-its generated adapter is the other witness. Their errors differ, so the posterior of both at each token, by Bayes'
-rule, is a better target than either; the LLM is trained towards it, and asked again. No row of a client is seen, and
-what a private fine-tune guarantees is kept: this is post-processing of the adapter that the client sent.
+The provider holds the client's TinyLM adapter, so it can ask it what it would say to any public prompt. Shadows are
+asked too: one of them may know the client's skill in other words (see `annotators.py`), and what it says then is the
+target. Where none does, the LLM with its generated adapter is the other witness. Their errors differ, so the posterior
+of both at each token, by Bayes' rule, is a better target than either. The LLM is trained towards the target, and asked
+again. No row of a client is seen, and what a private fine-tune guarantees is kept: this is post-processing of the
+adapter that the client sent.
 
 Shape legend: K clients, P values of an LLM adapter in layout order, M tokens of one client's completions.
 """
@@ -51,7 +53,7 @@ class Refinement:
         candidate_delta_P (`torch.Tensor`): its delta, before refinement.
         agreement (`dict[str, float]`): of each candidate with the TinyLM, from 0 to 1.
         expected_agreement (`float`): of an LLM without errors, by the TinyLM's own probabilities.
-        annotators (`list[int]`): the shadows whose testimony it was refined towards, the best first; empty for none.
+        annotators (`list[str]`): the shadows whose testimony it was refined towards, the best first; empty for none.
         told (`float`, *optional*): what the best of them tells of the TinyLM's words, as a share of what one would
             that is right as often as the TinyLM's probabilities say.
         agreement_by_round (`list[float]`): of the adapter before each round that refined it, and at the end.
@@ -63,7 +65,7 @@ class Refinement:
     candidate_delta_P: torch.Tensor
     agreement: dict[str, float]
     expected_agreement: float
-    annotators: list[int]
+    annotators: list[str]
     told: float | None
     agreement_by_round: list[float]
     seconds: float
@@ -120,7 +122,7 @@ def refine(
     student: Student,
     arguments: RefinementArguments,
     *,
-    annotators_AP: torch.Tensor | None = None,
+    annotators: Mapping[str, torch.Tensor] | None = None,
     clients_at_once: int = 16,
     progress: Progress | None = None,
 ) -> list[Refinement]:
@@ -131,8 +133,8 @@ def refine(
         candidates (`Mapping[str, torch.Tensor]`): by name, LLM deltas `(K, P)` that were generated for them.
         student ([`Student`]): the LLM, whose tokenizer is the TinyLM's: see [`check_same_tokens`].
         arguments ([`RefinementArguments`]).
-        annotators_AP (`torch.Tensor`, *optional*): LLM deltas of shadow tasks, as from [`shadow_annotators`]. Without
-            them the generated delta is the TinyLM's only fellow witness.
+        annotators (`Mapping[str, torch.Tensor]`, *optional*): LLM deltas `(P,)` of shadow tasks by name, as from
+            [`shadow_annotators`]. Without them the generated delta is the TinyLM's only fellow witness.
         clients_at_once (`int`, *optional*, defaults to 16): adapters of the LLM that are trained together.
         progress (`Callable`, *optional*): called with a few words as the work goes on.
 
@@ -150,7 +152,7 @@ def refine(
         group = slice(start, start + clients_at_once)
         deltas = {name: deltas_KP[group] for name, deltas_KP in candidates.items()}
         results += _refine_group(
-            completions[group], deltas, annotators_AP, student, arguments, progress or (lambda _: None)
+            completions[group], deltas, annotators or {}, student, arguments, progress or (lambda _: None)
         )
     return results
 
@@ -195,7 +197,7 @@ def draw_prompts(prompts: Rows, arguments: RefinementArguments) -> list[Mapping[
 def _refine_group(
     completions: Sequence[Completions],
     candidates: Mapping[str, torch.Tensor],
-    annotators_AP: torch.Tensor | None,
+    annotators: Mapping[str, torch.Tensor],
     student: Student,
     arguments: RefinementArguments,
     say: Progress,
@@ -220,9 +222,9 @@ def _refine_group(
         index for index, agreement in enumerate(agreements) if not is_covered(agreement, expected[index], arguments)
     ]
     testimonies: dict[int, Testimony] = {}
-    if annotators_AP is not None and len(annotators_AP) and arguments.rounds:
+    if annotators and arguments.rounds:
         speaking = [index for index in open_clients if completions[index].counted_M.any()]
-        heard = hear_annotators([completions[index] for index in speaking], annotators_AP, student, arguments, say)
+        heard = hear_annotators([completions[index] for index in speaking], annotators, student, arguments, say)
         testimonies = dict(zip(speaking, heard, strict=True))
     told = {index for index, testimony in testimonies.items() if testimony.told > _TELLING}
     for index in told:
@@ -232,7 +234,7 @@ def _refine_group(
         judge = testimonies[index].tokens if index in testimonies else readings[index][0]
         if completions[index].agreement(judge, power) > HEDGING * expected[index]:
             hedging.append(index)
-    hedged = _hedged_targets(hedging, completions, testimonies, annotators_AP, student, arguments, say)
+    hedged = _hedged_targets(hedging, completions, testimonies, annotators, student, arguments, say)
     for round_number in range(arguments.rounds if open_clients else 0):
         say(f"round {round_number + 1} of {arguments.rounds}: {len(open_clients)} clients")
         asked = [completions[index] for index in open_clients]
@@ -279,7 +281,7 @@ def _hedged_targets(
     hedging: Sequence[int],
     completions: Sequence[Completions],
     testimonies: Mapping[int, Testimony],
-    annotators_AP: torch.Tensor | None,
+    annotators: Mapping[str, torch.Tensor],
     student: Student,
     arguments: RefinementArguments,
     say: Progress,
@@ -290,10 +292,10 @@ def _hedged_targets(
         tokens = completions[index].tokens
         targets[index] = SoftTarget.by_confidence(tokens.ids_MT, tokens.log_probs_MT, 0.0)
     known = [index for index in hedging if index in testimonies]
-    if known and annotators_AP is not None:
+    if known:
         screened = [testimonies[index].screened for index in known]
         asked = [completions[index] for index in known]
-        mixed = mixture_targets(asked, screened, annotators_AP, student, arguments, say)
+        mixed = mixture_targets(asked, screened, annotators, student, arguments, say)
         targets.update(zip(known, mixed, strict=True))
     return targets
 

@@ -87,12 +87,12 @@ class Prediction:
             raise UsageError(
                 "`--method best` compares candidates on public prompts.", expected="--refine_data", found="none"
             )
-        self._predictors, self._annotators_AP = {}, None
+        self._predictors, self._annotators = {}, {}
         if dataset is not None:
             deltas = load_delta_dataset(dataset)
             self._predictors = fit_candidates(deltas)
             if refinement.refine_data is not None:
-                self._annotators_AP = shadow_annotators(deltas, refinement.arguments())
+                self._annotators = shadow_annotators(deltas, refinement.arguments())
         if method not in ("mapper", "best", *self._predictors):
             raise UsageError(
                 f"`{method}` cannot be fitted on this delta dataset.",
@@ -113,7 +113,7 @@ class Prediction:
             [self._mapper.tokenizers()[0].decode_delta(delta_P) for delta_P in source_NP],
             load_rows(self._flags.refine_data),
             arguments,
-            annotators_AP=self._annotators_AP,
+            annotators=self._annotators,
             candidates=None if self._method == "best" else [self._method],
             **self._models,  # type: ignore[arg-type]
         )

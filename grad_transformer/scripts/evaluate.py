@@ -220,7 +220,7 @@ def refined_methods(
         clients,
         prompts,
         arguments,
-        annotators_AP=shadow_annotators(deltas, arguments),
+        annotators=shadow_annotators(deltas, arguments),
         baseline=True,
         **models,  # type: ignore[arg-type]
     )

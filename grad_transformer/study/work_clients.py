@@ -184,8 +184,8 @@ def refined(stage: Stage, study_dir: Path, folder: Path) -> dict[str, Any]:
         arguments,
     )
     student = Student(model, tokenizer, target_root, FineTuningRecipe.from_dict(params["recipe"]))
-    annotators_AP = annotator_deltas(train.target, train.tasks, arguments.annotators)
-    found = refine(completions, candidates, student, arguments, annotators_AP=annotators_AP)
+    annotators = annotator_deltas(train.target, train.tasks, arguments.annotators)
+    found = refine(completions, candidates, student, arguments, annotators=annotators)
     tensors = {
         "refined": torch.stack([client.delta_P for client in found]),
         "candidate": torch.stack([client.candidate_delta_P for client in found]),

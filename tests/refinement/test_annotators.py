@@ -19,6 +19,9 @@ RENAMED = torch.tensor([3, 6, 9, 2, 5, 8, 1, 4, 7, 0])
 TRUTH = torch.randint(0, WORDS, (ROWS * LENGTH,), generator=torch.Generator().manual_seed(0))
 
 
+NUMBERS = {str(number): torch.tensor([float(number)]) for number in range(9)}
+
+
 def said(words_M: torch.Tensor, sure: float | torch.Tensor, *, first_word: int = FIRST_WORD) -> TopTokens:
     """A model that gives `sure` to its word and shares the rest among the others."""
     sure_M = torch.as_tensor(sure, dtype=torch.float32).expand(len(words_M))
@@ -106,12 +109,12 @@ def test_the_best_annotators_are_found_on_few_prompts_and_asked_on_all() -> None
     arguments = RefinementArguments(screening_prompts=ROWS // 2)
     (testimony,) = hear_annotators(
         [weak()],
-        torch.arange(9.0)[:, None],
+        NUMBERS,
         student,
         arguments,
         lambda _: None,  # type: ignore[arg-type]
     )
-    assert sorted(testimony.annotators) == [7, 8]
+    assert sorted(testimony.annotators) == ["7", "8"]
     assert student.asked[:9] == [(number, ROWS // 2) for number in range(9)]
     assert {number for number, rows in student.asked[9:] if rows == ROWS} >= {7, 8}
     assert accuracy(testimony.tokens) > 0.97
@@ -137,11 +140,16 @@ def test_annotators_are_the_means_of_tasks() -> None:
     target_NP = torch.arange(12.0).view(6, 2)
     tasks = ["b", "a", "b", "c", "a", "c"]
     means = annotator_deltas(target_NP, tasks, 64)
-    assert means.tolist() == [target_NP[[1, 4]].mean(0).tolist(), [2.0, 3.0], target_NP[[3, 5]].mean(0).tolist()]
-    assert len(annotator_deltas(target_NP, tasks, 2)) == 2
+    assert {name: mean_P.tolist() for name, mean_P in means.items()} == {
+        "a": target_NP[[1, 4]].mean(0).tolist(),
+        "b": [2.0, 3.0],
+        "c": target_NP[[3, 5]].mean(0).tolist(),
+    }
+    assert list(annotator_deltas(target_NP, tasks, 2)) == ["a", "c"]
     # Where a task is unknown, single pairs.
-    assert annotator_deltas(target_NP, [*tasks[:5], None], 3).tolist() == target_NP[::2].tolist()
-    assert annotator_deltas(target_NP, tasks, 0).shape == (0, 2)
+    singles = annotator_deltas(target_NP, [*tasks[:5], None], 3)
+    assert [single_P.tolist() for single_P in singles.values()] == target_NP[::2].tolist()
+    assert annotator_deltas(target_NP, tasks, 0) == {}
 
 
 def test_a_client_who_said_nothing_has_no_words() -> None:

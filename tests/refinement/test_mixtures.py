@@ -7,7 +7,7 @@ import torch
 
 from grad_transformer.refinement import Completions, RefinementArguments, TopTokens
 from grad_transformer.refinement.mixtures import mixture, mixture_targets, mixture_weights
-from tests.refinement.test_annotators import FIRST_WORD, LENGTH, ROWS, WORDS, Readings, heard_from, said
+from tests.refinement.test_annotators import FIRST_WORD, LENGTH, NUMBERS, ROWS, WORDS, Readings, heard_from, said
 
 
 def words(seed: int) -> torch.Tensor:
@@ -53,11 +53,10 @@ def test_a_target_is_the_mean_of_tinylm_and_mixture() -> None:
     few = teacher.some(60)
     student = Readings(SHADOWS)
     screened = (few, [Readings._of(shadow, few) for shadow in SHADOWS])
-    annotators_AP = torch.arange(3.0)[:, None]
     (target,) = mixture_targets(
         [teacher],
         [screened],
-        annotators_AP,
+        {name: NUMBERS[name] for name in "012"},
         student,
         RefinementArguments(),
         lambda _: None,  # type: ignore[arg-type]
