@@ -44,28 +44,46 @@ _TOGETHER, _NATS_BEHIND = 5, 0.1
 
 
 @dataclass(frozen=True)
+class Screening:
+    """What all annotators say to some of a client's prompts.
+
+    Args:
+        few ([`Completions`]): these prompts.
+        heard (`dict[str, TopTokens]`): what each says.
+        channels (`dict[str, Channel]`): and which words of the client's its words stand for.
+    """
+
+    few: Completions
+    heard: dict[str, TopTokens]
+    channels: dict[str, Channel]
+
+    @property
+    def best(self) -> list[str]:
+        """Annotators, the one that tells most first."""
+        return sorted(self.channels, key=lambda name: -self.channels[name].nats)
+
+    @property
+    def told(self) -> float:
+        """See [`Testimony`]."""
+        return _told(self.channels[self.best[0]].nats, self.few)
+
+
+@dataclass(frozen=True)
 class Testimony:
     """What the best annotators of one client say at each of its M tokens, in its words.
 
     Args:
         tokens ([`TopTokens`]): their geometric mean.
         annotators (`list[str]`): which they are, the best first.
-        nats (`float`): what the best one tells of the TinyLM's words, per token: the mean log ratio of how likely
-            they are with its testimony and without; 0 for one that knows nothing.
-        possible_nats (`float`): what one would that is right as often as the TinyLM's probabilities say.
-        screened (`tuple`): some of the client's rows, and what every annotator says to them.
+        told (`float`): what the best one tells of the TinyLM's words (the mean log ratio of how likely they are with
+            its testimony and without), as a share of what one would tell that is right as often as the TinyLM's
+            probabilities say. 0 for one that knows nothing, about 1 for one that knows all, more where the TinyLM
+            hedges among several tasks: it is less sure of each than it has reason to be.
     """
 
     tokens: TopTokens
     annotators: list[str]
-    nats: float
-    possible_nats: float
-    screened: tuple[Completions, list[TopTokens]]
-
-    @property
-    def told(self) -> float:
-        """What is told as a share of what is possible; above 1 of a TinyLM that hedges."""
-        return self.nats / self.possible_nats if self.possible_nats > 0 else 0.0
+    told: float
 
 
 def annotator_deltas(target_NP: Deltas, tasks: Sequence[str | None], most: int) -> dict[str, torch.Tensor]:
@@ -94,14 +112,14 @@ def shadow_annotators(deltas: DeltaDataset, arguments: RefinementArguments) -> d
     return annotator_deltas(train.target, train.tasks, arguments.annotators)
 
 
-def hear_annotators(
+def screen(
     completions: Sequence[Completions],
     annotators: Mapping[str, torch.Tensor],
     student: Student,
     arguments: RefinementArguments,
     say: Callable[[str], None],
-) -> list[Testimony]:
-    """Ask all annotators about a few prompts of each of K clients, and the best ones of each client about all.
+) -> list[Screening]:
+    """Ask all annotators about a few prompts of each of K clients.
 
     Args:
         completions (`Sequence[Completions]`): of the K clients.
@@ -110,31 +128,36 @@ def hear_annotators(
         arguments ([`RefinementArguments`]).
         say (`Callable`): called with a few words as the work goes on.
     """
-    if not completions:
-        return []
-    root_P, names = student.root.adapter.flat(), list(annotators)
     few = [each.some(arguments.screening_prompts) for each in completions]
-    channels: list[list[Channel]] = [[] for _ in completions]
-    screened: list[list[TopTokens]] = [[] for _ in completions]
-    for number, name in enumerate(names):
-        say(f"shadow {number + 1} of {len(names)} testifies")
-        heard = student.read((root_P + annotators[name]).expand(len(few), -1), few, top_tokens=arguments.top_tokens)
-        for index, said in enumerate(heard):
-            channels[index].append(Channel.fit(few[index], said))
-            screened[index].append(said)
-    best = [_ranked(found)[:_TOGETHER] for found in channels]
-    testimonies: list[list[tuple[Channel, TopTokens]]] = [[] for _ in completions]
-    for place in range(len(best[0])):
-        say(f"the best shadows testify on all prompts, {place + 1} of {len(best[0])}")
-        chosen_KP = torch.stack([annotators[names[ranked[place]]] for ranked in best])
-        heard = student.read(root_P + chosen_KP, completions, top_tokens=arguments.top_tokens)
-        for index, said in enumerate(heard):
-            start = channels[index][best[index][place]]
-            testimonies[index].append((Channel.fit(completions[index], said, start=start), said))
-    return [
-        _together(each, [names[number] for number in best[index]], testimonies[index], (few[index], screened[index]))
-        for index, each in enumerate(completions)
-    ]
+    found = [Screening(each, {}, {}) for each in few]
+    for number, (name, delta_P) in enumerate(annotators.items()):
+        say(f"shadow {number + 1} of {len(annotators)} testifies")
+        values_KP = (student.root.adapter.flat() + delta_P).expand(len(few), -1)
+        for each, said in zip(found, student.read(values_KP, few, top_tokens=arguments.top_tokens), strict=True):
+            each.heard[name], each.channels[name] = said, Channel.fit(each.few, said)
+    return found
+
+
+def hear_best(
+    completions: Sequence[Completions],
+    screenings: Sequence[Screening],
+    annotators: Mapping[str, torch.Tensor],
+    student: Student,
+    arguments: RefinementArguments,
+    say: Callable[[str], None],
+) -> list[Testimony]:
+    """Ask the best annotators of each of K clients, as [`screen`] found them, about all prompts."""
+    heard: list[dict[str, tuple[Channel, TopTokens]]] = [{} for _ in completions]
+    most = min(_TOGETHER, len(annotators))
+    for place in range(most if completions else 0):
+        say(f"the best shadows hear_best on all prompts, {place + 1} of {most}")
+        names = [screening.best[place] for screening in screenings]
+        values_KP = student.root.adapter.flat() + torch.stack([annotators[name] for name in names])
+        read = student.read(values_KP, completions, top_tokens=arguments.top_tokens)
+        for index, (name, said) in enumerate(zip(names, read, strict=True)):
+            channel = Channel.fit(completions[index], said, start=screenings[index].channels[name])
+            heard[index][name] = (channel, said)
+    return [_together(*both) for both in zip(completions, heard, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -144,7 +167,7 @@ class Channel:
     Args:
         words_U (`torch.Tensor`): their token ids, ascending.
         table_UU (`torch.Tensor`): probabilities, a row for each of the annotator's words; rows sum to 1.
-        nats (`float`): see [`Testimony`].
+        nats (`float`): the mean log ratio of how likely the TinyLM's words are with it and without.
     """
 
     words_U: torch.Tensor
@@ -181,31 +204,28 @@ class Channel:
         return torch.where(self.words_U[places_V] == words_V, renamed_MU[:, places_V], said.of_words(words_V))
 
 
-def possible_nats(teacher: Completions) -> float:
-    """What an annotator would tell that is right as often as the TinyLM's probabilities say."""
+def _told(nats: float, teacher: Completions) -> float:
+    """As a share of what an annotator would tell that is right as often as the TinyLM's probabilities say."""
     q = _heard(teacher, teacher.tokens)
     words_U = _words(q)
     q_MU = q.of_words(words_U)
-    return float((q_MU * ((q_MU + _FLOOR) / (q_MU.mean(0) + _FLOOR)).log()).sum(1).mean())
+    possible = float((q_MU * ((q_MU + _FLOOR) / (q_MU.mean(0) + _FLOOR)).log()).sum(1).mean())
+    return nats / possible if possible > 0 else 0.0
 
 
-def _together(
-    teacher: Completions,
-    names: list[str],
-    heard: list[tuple[Channel, TopTokens]],
-    screened: tuple[Completions, list[TopTokens]],
-) -> Testimony:
+def _together(teacher: Completions, heard: Mapping[str, tuple[Channel, TopTokens]]) -> Testimony:
     """Geometric mean of the annotators that tell about as much as the best."""
-    order = _ranked([channel for channel, _ in heard])
-    (channel, best), most = heard[order[0]], heard[order[0]][0].nats
-    kept = [place for place in order if heard[place][0].nats > most - _NATS_BEHIND]
+    order = sorted(heard, key=lambda name: -heard[name][0].nats)
+    channel, best = heard[order[0]]
+    most = channel.nats
+    kept = [name for name in order if heard[name][0].nats > most - _NATS_BEHIND]
     words_U = channel.words_U
     # Beside the words that are renamed, those that TinyLM and best annotator name, each once.
     others_MT = torch.cat([teacher.tokens.ids_MT, best.ids_MT], dim=1).sort(dim=1).values
     named_MT = torch.nn.functional.pad(others_MT[:, 1:] == others_MT[:, :-1], (1, 0)) | torch.isin(others_MT, words_U)
     logs = []
-    for place in kept:
-        channel, said = heard[place]
+    for name in kept:
+        channel, said = heard[name]
         literal_MT = said.probabilities_of(others_MT)
         logs.append(torch.cat([channel.rename(said, words_U), literal_MT], dim=1).clamp(min=_LEAST).log())
     mean_MW = torch.stack(logs).mean(dim=0)
@@ -213,11 +233,7 @@ def _together(
     top = mean_MW.log_softmax(dim=1).topk(min(teacher.tokens.ids_MT.shape[1], mean_MW.shape[1]), dim=1)
     ids_MW = torch.cat([words_U.expand(len(others_MT), -1), others_MT], dim=1)
     tokens = TopTokens(ids_MW.gather(1, top.indices), top.values)
-    return Testimony(tokens, [names[place] for place in kept], most, possible_nats(teacher), screened)
-
-
-def _ranked(channels: Sequence[Channel]) -> list[int]:
-    return sorted(range(len(channels)), key=lambda number: -channels[number].nats)
+    return Testimony(tokens, kept, _told(most, teacher))
 
 
 def _heard(teacher: Completions, said: TopTokens) -> TopTokens:

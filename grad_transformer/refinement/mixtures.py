@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from .annotators import Screening
 from .arguments import RefinementArguments
 from .completions import Completions, TopTokens
 from .student import SoftTarget, Student
@@ -28,7 +29,7 @@ _LEAST_WEIGHT, _MOST = 0.02, 6
 
 def mixture_targets(
     completions: Sequence[Completions],
-    screened: Sequence[tuple[Completions, Sequence[TopTokens]]],
+    screenings: Sequence[Screening],
     annotators: Mapping[str, torch.Tensor],
     student: Student,
     arguments: RefinementArguments,
@@ -38,30 +39,30 @@ def mixture_targets(
 
     Args:
         completions (`Sequence[Completions]`): of the K clients.
-        screened (`Sequence`): for each, some of its rows, and what every annotator says to them.
+        screenings (`Sequence[Screening]`): of each.
         annotators (`Mapping[str, torch.Tensor]`): LLM deltas `(P,)` by name.
         student ([`Student`]): the LLM.
         arguments ([`RefinementArguments`]).
         say (`Callable`): called with a few words as the work goes on.
     """
-    root_P, deltas = student.root.adapter.flat(), list(annotators.values())
-    chosen: list[list[int]] = []
-    for few, heard in screened:
-        weights_A = mixture_weights(few, heard)
+    chosen: list[list[str]] = []
+    for screening in screenings:
+        weights_A = mixture_weights(screening.few, list(screening.heard.values()))
         best = weights_A.topk(min(_MOST, len(weights_A)))
-        chosen.append(best.indices[best.values > _LEAST_WEIGHT].tolist() or [int(best.indices[0])])
-    heard_all: list[list[TopTokens]] = [[] for _ in completions]
+        numbers = best.indices[best.values > _LEAST_WEIGHT].tolist() or [int(best.indices[0])]
+        chosen.append([list(screening.heard)[number] for number in numbers])
+    heard: list[list[TopTokens]] = [[] for _ in completions]
     most = max(map(len, chosen), default=0)
     for place in range(most):
         say(f"shadows of mixtures speak, {place + 1} of {most}")
-        adapters_KP = torch.stack([deltas[each[min(place, len(each) - 1)]] for each in chosen])
-        said = student.read(root_P + adapters_KP, completions, top_tokens=arguments.top_tokens)
-        for index, tokens in enumerate(said):
+        deltas_KP = torch.stack([annotators[names[min(place, len(names) - 1)]] for names in chosen])
+        read = student.read(student.root.adapter.flat() + deltas_KP, completions, top_tokens=arguments.top_tokens)
+        for index, said in enumerate(read):
             if place < len(chosen[index]):
-                heard_all[index].append(tokens)
+                heard[index].append(said)
     targets = []
-    for teacher, heard in zip(completions, heard_all, strict=True):
-        mixed_MT = mixture(teacher, heard, mixture_weights(teacher, heard))
+    for teacher, speakers in zip(completions, heard, strict=True):
+        mixed_MT = mixture(teacher, speakers, mixture_weights(teacher, speakers))
         target_MT = (_on_own_tokens(teacher.tokens, teacher) + mixed_MT) / 2
         targets.append(SoftTarget.by_confidence(teacher.tokens.ids_MT, target_MT.log(), 0.0))
     return targets

@@ -25,7 +25,7 @@ from ..adapters import LoraAdapter
 from ..errors import UsageError
 from ..evaluation.scoring import Rows
 from ..finetuning import write_adapter_tensors
-from .annotators import Testimony, hear_annotators
+from .annotators import Screening, hear_best, screen
 from .arguments import RefinementArguments
 from .completions import Completions, TopTokens, complete_prompts
 from .mixtures import mixture_targets
@@ -37,6 +37,8 @@ from .student import SoftTarget, Student
 HEDGING = 1.12
 # Shadows that tell less than this share of what is known have not shown the client's skill in any words.
 _TELLING = 0.75
+# Beyond this share the TinyLM hedges, see [`Testimony`].
+_HEDGING_TOLD = 1.22
 # What a model did not name is not impossible.
 _LEAST_PROBABILITY = 1e-4
 
@@ -54,8 +56,7 @@ class Refinement:
         agreement (`dict[str, float]`): of each candidate with the TinyLM, from 0 to 1.
         expected_agreement (`float`): of an LLM without errors, by the TinyLM's own probabilities.
         annotators (`list[str]`): the shadows whose testimony it was refined towards, the best first; empty for none.
-        told (`float`, *optional*): what the best of them tells of the TinyLM's words, as a share of what one would
-            that is right as often as the TinyLM's probabilities say.
+        told (`float`, *optional*): what the best shadow tells of the TinyLM's words, see [`Testimony`].
         agreement_by_round (`list[float]`): of the adapter before each round that refined it, and at the end.
         seconds (`float`): the client's share of the time.
     """
@@ -218,46 +219,61 @@ def _refine_group(
     readings = [[read[name][index]] for index, name in enumerate(names)]
     deltas_KP, histories = start_KP.clone(), [[agreements[index][name]] for index, name in enumerate(names)]
     expected = [each.expected_agreement(power) for each in completions]
-    open_clients = [
-        index for index, agreement in enumerate(agreements) if not is_covered(agreement, expected[index], arguments)
-    ]
-    testimonies: dict[int, Testimony] = {}
+    everyone = range(len(completions))
+    screenings: dict[int, Screening] = {}
     if annotators and arguments.rounds:
-        speaking = [index for index in open_clients if completions[index].counted_M.any()]
-        heard = hear_annotators([completions[index] for index in speaking], annotators, student, arguments, say)
-        testimonies = dict(zip(speaking, heard, strict=True))
-    told = {index for index, testimony in testimonies.items() if testimony.told > _TELLING}
-    for index in told:
-        readings[index] = [testimonies[index].tokens]
-    hedging = []
-    for index in open_clients:
-        judge = testimonies[index].tokens if index in testimonies else readings[index][0]
-        if completions[index].agreement(judge, power) > HEDGING * expected[index]:
-            hedging.append(index)
-    hedged = _hedged_targets(hedging, completions, testimonies, annotators, student, arguments, say)
+        speaking = [index for index in everyone if completions[index].counted_M.any()]
+        screened = screen([completions[index] for index in speaking], annotators, student, arguments, say)
+        screenings = dict(zip(speaking, screened, strict=True))
+    told: dict[int, float] = {index: screening.told for index, screening in screenings.items()}
+    hedging = [
+        index
+        for index in everyone
+        if (told[index] > _HEDGING_TOLD if index in told else histories[index][0] > HEDGING * expected[index])
+    ]
+    open_clients = [
+        index
+        for index in everyone
+        if index in hedging or not is_covered(agreements[index], expected[index], arguments)
+    ]
+    asked = [index for index in open_clients if index in screenings and index not in hedging]
+    heard = hear_best(
+        [completions[index] for index in asked],
+        [screenings[index] for index in asked],
+        annotators,
+        student,
+        arguments,
+        say,
+    )
+    testimonies = {
+        index: testimony for index, testimony in zip(asked, heard, strict=True) if testimony.told > _TELLING
+    }
+    for index, testimony in testimonies.items():
+        readings[index] = [testimony.tokens]
+    hedged = _hedged_targets(hedging, completions, screenings, annotators, student, arguments, say)
     for round_number in range(arguments.rounds if open_clients else 0):
         say(f"round {round_number + 1} of {arguments.rounds}: {len(open_clients)} clients")
-        asked = [completions[index] for index in open_clients]
         targets = []
         for index in open_clients:
             if index in hedged:
                 targets.append(hedged[index])
-            elif index in told:
+            elif index in testimonies:
                 targets.append(target_of_testimony(completions[index], readings[index], power))
             else:
                 targets.append(soft_target(completions[index], readings[index], histories[index][-1], arguments))
         values_KP = student.train(
             root_P + deltas_KP[open_clients],
-            asked,
+            [completions[index] for index in open_clients],
             targets,
             steps=arguments.steps,
             learning_rate=arguments.learning_rate or student.recipe.learning_rate / 6,
             seed=arguments.seed + round_number,
         )
         deltas_KP[open_clients] = values_KP - root_P
-        for index, said in zip(
-            open_clients, student.read(values_KP, asked, top_tokens=arguments.top_tokens), strict=True
-        ):
+        said_by = student.read(
+            values_KP, [completions[index] for index in open_clients], top_tokens=arguments.top_tokens
+        )
+        for index, said in zip(open_clients, said_by, strict=True):
             readings[index].append(said)
             histories[index].append(completions[index].agreement(said, power))
     seconds = (time.perf_counter() - started) / len(completions)
@@ -269,7 +285,7 @@ def _refine_group(
             agreement=agreements[index],
             expected_agreement=expected[index],
             annotators=testimonies[index].annotators if index in testimonies else [],
-            told=testimonies[index].told if index in testimonies else None,
+            told=told.get(index),
             agreement_by_round=histories[index],
             seconds=seconds,
         )
@@ -280,23 +296,26 @@ def _refine_group(
 def _hedged_targets(
     hedging: Sequence[int],
     completions: Sequence[Completions],
-    testimonies: Mapping[int, Testimony],
+    screenings: Mapping[int, Screening],
     annotators: Mapping[str, torch.Tensor],
     student: Student,
     arguments: RefinementArguments,
     say: Progress,
 ) -> dict[int, SoftTarget]:
     """Targets of clients that hedge. Without shadows to explain it, what the TinyLM says is taken as it is."""
-    targets = {}
+    known = [index for index in hedging if index in screenings]
+    mixed = mixture_targets(
+        [completions[index] for index in known],
+        [screenings[index] for index in known],
+        annotators,
+        student,
+        arguments,
+        say,
+    )
+    targets = dict(zip(known, mixed, strict=True))
     for index in hedging:
         tokens = completions[index].tokens
-        targets[index] = SoftTarget.by_confidence(tokens.ids_MT, tokens.log_probs_MT, 0.0)
-    known = [index for index in hedging if index in testimonies]
-    if known:
-        screened = [testimonies[index].screened for index in known]
-        asked = [completions[index] for index in known]
-        mixed = mixture_targets(asked, screened, annotators, student, arguments, say)
-        targets.update(zip(known, mixed, strict=True))
+        targets.setdefault(index, SoftTarget.by_confidence(tokens.ids_MT, tokens.log_probs_MT, 0.0))
     return targets
 
 
@@ -307,7 +326,7 @@ def is_covered(agreement: Mapping[str, float], expected: float, arguments: Refin
     is no candidate, nobody knows.
     """
     nearest = agreement.get("nearest_shadow", 0.0)
-    return arguments.covered_agreement * expected <= nearest <= HEDGING * expected
+    return nearest >= arguments.covered_agreement * expected
 
 
 def soft_target(

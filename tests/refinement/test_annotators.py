@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grad_transformer.refinement import Completions, RefinementArguments, TopTokens, annotator_deltas
-from grad_transformer.refinement.annotators import Channel, hear_annotators, possible_nats
+from grad_transformer.refinement.annotators import Channel, Screening, hear_best, screen
 from grad_transformer.refinement.refinement import target_of_testimony
 
 
@@ -60,10 +60,19 @@ def test_a_weak_tinylm_reveals_which_word_stands_for_which() -> None:
 
 def test_an_annotator_who_looks_elsewhere_tells_little() -> None:
     teacher = weak()
-    told = Channel.fit(teacher, said(TRUTH, 0.97)).nats
-    shuffled = TRUTH[torch.randperm(len(TRUTH), generator=torch.Generator().manual_seed(2))]
-    assert told > 0.75 * possible_nats(teacher)
-    assert Channel.fit(teacher, said(shuffled, 0.97)).nats < 0.25 * told
+    shuffled = said(TRUTH[torch.randperm(len(TRUTH), generator=torch.Generator().manual_seed(2))], 0.97)
+    told = [Screening(teacher, {}, {"": Channel.fit(teacher, words)}).told for words in (said(TRUTH, 0.97), shuffled)]
+    assert 0.75 < told[0] < 1.22
+    assert told[1] < 0.25
+
+
+def test_more_than_all_is_told_of_a_tinylm_that_hedges() -> None:
+    # It gives half of its probability to the words of one task and shares the rest between two others.
+    tasks = [said(RENAMED[words_M], 0.97) for words_M in (TRUTH, TRUTH.flip(0), TRUTH.roll(7))]
+    ids_MT = tasks[0].ids_MT
+    shares = zip((0.5, 0.25, 0.25), tasks, strict=True)
+    teacher = heard_from(TopTokens(ids_MT, sum(share * task.probabilities_of(ids_MT) for share, task in shares).log()))
+    assert Screening(teacher, {}, {"": Channel.fit(teacher, said(TRUTH, 0.97))}).told > 1.22
 
 
 def test_words_that_are_not_frequent_stand_for_themselves() -> None:
@@ -107,16 +116,13 @@ def test_the_best_annotators_are_found_on_few_prompts_and_asked_on_all() -> None
         knowing.append(said(torch.where(errs, 0, words_M), torch.where(errs, 0.3, 0.97)))
     student = Readings([*strangers, *knowing])
     arguments = RefinementArguments(screening_prompts=ROWS // 2)
-    (testimony,) = hear_annotators(
-        [weak()],
-        NUMBERS,
-        student,
-        arguments,
-        lambda _: None,  # type: ignore[arg-type]
-    )
+    asked = ([weak()], NUMBERS, student, arguments, lambda _: None)
+    (screening,) = screen(*asked)  # type: ignore[arg-type]
+    assert student.asked == [(number, ROWS // 2) for number in range(9)]
+    assert sorted(screening.best[:2]) == ["7", "8"]
+    (testimony,) = hear_best([weak()], [screening], *asked[1:])  # type: ignore[arg-type]
     assert sorted(testimony.annotators) == ["7", "8"]
-    assert student.asked[:9] == [(number, ROWS // 2) for number in range(9)]
-    assert {number for number, rows in student.asked[9:] if rows == ROWS} >= {7, 8}
+    assert [rows for _, rows in student.asked[9:]] == [ROWS] * 5
     assert accuracy(testimony.tokens) > 0.97
     assert 0.75 < testimony.told < 1.25
     torch.testing.assert_close(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from grad_transformer.refinement import Completions, RefinementArguments, TopTokens
+from grad_transformer.refinement.annotators import Screening
 from grad_transformer.refinement.mixtures import mixture, mixture_targets, mixture_weights
 from tests.refinement.test_annotators import FIRST_WORD, LENGTH, NUMBERS, ROWS, WORDS, Readings, heard_from, said
 
@@ -52,10 +53,10 @@ def test_a_target_is_the_mean_of_tinylm_and_mixture() -> None:
     teacher = hedging((0.6, 0.4, 0.0))
     few = teacher.some(60)
     student = Readings(SHADOWS)
-    screened = (few, [Readings._of(shadow, few) for shadow in SHADOWS])
+    heard = {name: Readings._of(shadow, few) for name, shadow in zip("012", SHADOWS, strict=True)}
     (target,) = mixture_targets(
         [teacher],
-        [screened],
+        [Screening(few, heard, {})],
         {name: NUMBERS[name] for name in "012"},
         student,
         RefinementArguments(),
