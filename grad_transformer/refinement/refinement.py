@@ -25,11 +25,12 @@ from ..adapters import LoraAdapter
 from ..errors import UsageError
 from ..evaluation.scoring import Rows
 from ..finetuning import write_adapter_tensors
-from .annotators import Screening, hear_best, screen
+from .annotators import Screening, Testimony, hear_best, screen
 from .arguments import RefinementArguments
 from .completions import Completions, TopTokens, complete_prompts
 from .mixtures import mixture_targets
 from .student import SoftTarget, Student
+from .targets import soft_target, target_of_testimony
 
 
 # A TinyLM that is right more often than it expects hedges: it learned several tasks, and an LLM that does one of them
@@ -39,8 +40,6 @@ HEDGING = 1.12
 _TELLING = 0.75
 # Beyond this share the TinyLM hedges, see [`Testimony`].
 _HEDGING_TOLD = 1.22
-# What a model did not name is not impossible.
-_LEAST_PROBABILITY = 1e-4
 
 Progress = Callable[[str], None]
 
@@ -195,6 +194,51 @@ def draw_prompts(prompts: Rows, arguments: RefinementArguments) -> list[Mapping[
     return [prompts[index] for index in sorted(order.tolist())]
 
 
+@dataclass
+class _Case:
+    """One client on its way through a refinement.
+
+    Args:
+        teacher ([`Completions`]): what its TinyLM says.
+        agreement (`dict[str, float]`), expected (`float`): see [`Refinement`].
+        candidate (`str`), start_P (`torch.Tensor`): the best one, and its delta.
+        delta_P (`torch.Tensor`): what has become of it.
+        readings (`list[TopTokens]`): what the LLM or its better, the shadows, said; the last is the latest.
+        history (`list[float]`): agreement of the LLM so far.
+        screening ([`Screening`], *optional*), testimony ([`Testimony`], *optional*): what shadows say.
+        mixture ([`SoftTarget`], *optional*): what it is trained towards if it hedges among tasks of shadows.
+    """
+
+    teacher: Completions
+    agreement: dict[str, float]
+    expected: float
+    candidate: str
+    start_P: torch.Tensor
+    delta_P: torch.Tensor
+    readings: list[TopTokens]
+    history: list[float]
+    screening: Screening | None = None
+    testimony: Testimony | None = None
+    mixture: SoftTarget | None = None
+
+    @property
+    def hedges(self) -> bool:
+        if self.screening is not None:
+            return self.screening.told > _HEDGING_TOLD
+        return self.history[0] > HEDGING * self.expected
+
+    def target(self, arguments: RefinementArguments) -> SoftTarget:
+        """What its tokens are trained towards in the next round."""
+        if self.mixture is not None:
+            return self.mixture
+        if self.hedges:
+            # Without shadows to explain it, what the TinyLM says is taken as it is.
+            return SoftTarget.by_confidence(self.teacher.tokens.ids_MT, self.teacher.tokens.log_probs_MT, 0.0)
+        if self.testimony is not None:
+            return target_of_testimony(self.teacher, self.readings, arguments.certainty_power)
+        return soft_target(self.teacher, self.readings, self.history[-1], arguments)
+
+
 def _refine_group(
     completions: Sequence[Completions],
     candidates: Mapping[str, torch.Tensor],
@@ -204,119 +248,113 @@ def _refine_group(
     say: Progress,
 ) -> list[Refinement]:
     started = time.perf_counter()
-    power = arguments.certainty_power
     root_P = student.root.adapter.flat()
-    read: dict[str, list[TopTokens]] = {}
-    for name, deltas_KP in candidates.items():
-        say(f"agreement of candidate {name}")
-        read[name] = student.read(root_P + deltas_KP, completions, top_tokens=arguments.top_tokens)
-    agreements = [
-        {name: each.agreement(heard[index], power) for name, heard in read.items()}
-        for index, each in enumerate(completions)
-    ]
-    names = [max(agreement, key=lambda name: agreement[name]) for agreement in agreements]
-    start_KP = torch.stack([candidates[name][index] for index, name in enumerate(names)])
-    readings = [[read[name][index]] for index, name in enumerate(names)]
-    deltas_KP, histories = start_KP.clone(), [[agreements[index][name]] for index, name in enumerate(names)]
-    expected = [each.expected_agreement(power) for each in completions]
-    everyone = range(len(completions))
-    screenings: dict[int, Screening] = {}
+    cases = _choose(completions, candidates, student, arguments, say)
     if annotators and arguments.rounds:
-        speaking = [index for index in everyone if completions[index].counted_M.any()]
-        screened = screen([completions[index] for index in speaking], annotators, student, arguments, say)
-        screenings = dict(zip(speaking, screened, strict=True))
-    told: dict[int, float] = {index: screening.told for index, screening in screenings.items()}
-    hedging = [
-        index
-        for index in everyone
-        if (told[index] > _HEDGING_TOLD if index in told else histories[index][0] > HEDGING * expected[index])
-    ]
-    open_clients = [
-        index
-        for index in everyone
-        if index in hedging or not is_covered(agreements[index], expected[index], arguments)
-    ]
-    asked = [index for index in open_clients if index in screenings and index not in hedging]
-    heard = hear_best(
-        [completions[index] for index in asked],
-        [screenings[index] for index in asked],
-        annotators,
-        student,
-        arguments,
-        say,
-    )
-    testimonies = {
-        index: testimony for index, testimony in zip(asked, heard, strict=True) if testimony.told > _TELLING
-    }
-    for index, testimony in testimonies.items():
-        readings[index] = [testimony.tokens]
-    hedged = _hedged_targets(hedging, completions, screenings, annotators, student, arguments, say)
-    for round_number in range(arguments.rounds if open_clients else 0):
-        say(f"round {round_number + 1} of {arguments.rounds}: {len(open_clients)} clients")
-        targets = []
-        for index in open_clients:
-            if index in hedged:
-                targets.append(hedged[index])
-            elif index in testimonies:
-                targets.append(target_of_testimony(completions[index], readings[index], power))
-            else:
-                targets.append(soft_target(completions[index], readings[index], histories[index][-1], arguments))
+        speaking = [case for case in cases if case.teacher.counted_M.any()]
+        screenings = screen([case.teacher for case in speaking], annotators, student, arguments, say)
+        for case, screening in zip(speaking, screenings, strict=True):
+            case.screening = screening
+    moving = [case for case in cases if case.hedges or not is_covered(case.agreement, case.expected, arguments)]
+    _ask_shadows(moving, annotators, student, arguments, say)
+    for round_number in range(arguments.rounds if moving else 0):
+        say(f"round {round_number + 1} of {arguments.rounds}: {len(moving)} clients")
+        asked = [case.teacher for case in moving]
         values_KP = student.train(
-            root_P + deltas_KP[open_clients],
-            [completions[index] for index in open_clients],
-            targets,
+            root_P + torch.stack([case.delta_P for case in moving]),
+            asked,
+            [case.target(arguments) for case in moving],
             steps=arguments.steps,
             learning_rate=arguments.learning_rate or student.recipe.learning_rate / 6,
             seed=arguments.seed + round_number,
         )
-        deltas_KP[open_clients] = values_KP - root_P
-        said_by = student.read(
-            values_KP, [completions[index] for index in open_clients], top_tokens=arguments.top_tokens
-        )
-        for index, said in zip(open_clients, said_by, strict=True):
-            readings[index].append(said)
-            histories[index].append(completions[index].agreement(said, power))
+        read = student.read(values_KP, asked, top_tokens=arguments.top_tokens)
+        for case, value_P, said in zip(moving, values_KP, read, strict=True):
+            case.delta_P = value_P - root_P
+            case.readings.append(said)
+            case.history.append(case.teacher.agreement(said, arguments.certainty_power))
     seconds = (time.perf_counter() - started) / len(completions)
     return [
         Refinement(
-            delta_P=deltas_KP[index],
-            candidate=name,
-            candidate_delta_P=start_KP[index],
-            agreement=agreements[index],
-            expected_agreement=expected[index],
-            annotators=testimonies[index].annotators if index in testimonies else [],
-            told=told.get(index),
-            agreement_by_round=histories[index],
+            delta_P=case.delta_P,
+            candidate=case.candidate,
+            candidate_delta_P=case.start_P,
+            agreement=case.agreement,
+            expected_agreement=case.expected,
+            annotators=[] if case.testimony is None else case.testimony.annotators,
+            told=None if case.screening is None else case.screening.told,
+            agreement_by_round=case.history,
             seconds=seconds,
         )
-        for index, name in enumerate(names)
+        for case in cases
     ]
 
 
-def _hedged_targets(
-    hedging: Sequence[int],
+def _choose(
     completions: Sequence[Completions],
-    screenings: Mapping[int, Screening],
+    candidates: Mapping[str, torch.Tensor],
+    student: Student,
+    arguments: RefinementArguments,
+    say: Progress,
+) -> list[_Case]:
+    """The candidate of each client that agrees best with its TinyLM."""
+    power, read = arguments.certainty_power, {}
+    for name, deltas_KP in candidates.items():
+        say(f"agreement of candidate {name}")
+        values_KP = student.root.adapter.flat() + deltas_KP
+        read[name] = student.read(values_KP, completions, top_tokens=arguments.top_tokens)
+    cases = []
+    for index, teacher in enumerate(completions):
+        agreement = {name: teacher.agreement(heard[index], power) for name, heard in read.items()}
+        best = max(agreement, key=lambda name: agreement[name])
+        start_P = candidates[best][index]
+        cases.append(
+            _Case(
+                teacher=teacher,
+                agreement=agreement,
+                expected=teacher.expected_agreement(power),
+                candidate=best,
+                start_P=start_P,
+                delta_P=start_P,
+                readings=[read[best][index]],
+                history=[agreement[best]],
+            )
+        )
+    return cases
+
+
+def _ask_shadows(
+    cases: Sequence[_Case],
     annotators: Mapping[str, torch.Tensor],
     student: Student,
     arguments: RefinementArguments,
     say: Progress,
-) -> dict[int, SoftTarget]:
-    """Targets of clients that hedge. Without shadows to explain it, what the TinyLM says is taken as it is."""
-    known = [index for index in hedging if index in screenings]
-    mixed = mixture_targets(
-        [completions[index] for index in known],
-        [screenings[index] for index in known],
+) -> None:
+    """What clients that hedge may be mixtures of, and for the others what the best shadows testify."""
+    screened = [(case, case.screening) for case in cases if case.screening is not None]
+    hedging = [both for both in screened if both[0].hedges]
+    mixtures = mixture_targets(
+        [case.teacher for case, _ in hedging],
+        [screening for _, screening in hedging],
         annotators,
         student,
         arguments,
         say,
     )
-    targets = dict(zip(known, mixed, strict=True))
-    for index in hedging:
-        tokens = completions[index].tokens
-        targets.setdefault(index, SoftTarget.by_confidence(tokens.ids_MT, tokens.log_probs_MT, 0.0))
-    return targets
+    for (case, _), mixture in zip(hedging, mixtures, strict=True):
+        case.mixture = mixture
+    asked = [both for both in screened if not both[0].hedges]
+    testimonies = hear_best(
+        [case.teacher for case, _ in asked],
+        [screening for _, screening in asked],
+        annotators,
+        student,
+        arguments,
+        say,
+    )
+    for (case, _), testimony in zip(asked, testimonies, strict=True):
+        if testimony.told > _TELLING:
+            case.testimony, case.readings = testimony, [testimony.tokens]
 
 
 def is_covered(agreement: Mapping[str, float], expected: float, arguments: RefinementArguments) -> bool:
@@ -327,57 +365,3 @@ def is_covered(agreement: Mapping[str, float], expected: float, arguments: Refin
     """
     nearest = agreement.get("nearest_shadow", 0.0)
     return nearest >= arguments.covered_agreement * expected
-
-
-def soft_target(
-    teacher: Completions,
-    readings: Sequence[TopTokens],
-    agreement: float,
-    arguments: RefinementArguments,
-) -> SoftTarget:
-    """What a client's tokens are trained towards: the posterior of TinyLM and LLM.
-
-    With q what the TinyLM says and p what the LLM says (the geometric mean of what it said before each round, so that
-    what it has just been taught does not count twice), tokens are likely by p q. How likely it is that the LLM knows
-    at all is judged from its agreement r with the TinyLM, at most what an LLM without errors would reach, and at each
-    token from z = sum(p q) against k, what z is for tokens of two different places:
-
-        w = r z / (r z + (1 - r) k)        target = w p q / z + (1 - w) q
-
-    A token counts by the target's highest probability, to `certainty_power`.
-    """
-    ids_MT, q_MT = teacher.tokens.ids_MT, teacher.tokens.log_probs_MT.exp()
-    target_MT = q_MT
-    if arguments.second_witness:
-        p_MT = _mean_log_said(readings, ids_MT).exp()
-        reliability = min(agreement, teacher.expected_agreement(arguments.certainty_power))
-        coincidence_M = (p_MT * q_MT).sum(dim=1)
-        knows_M = reliability * coincidence_M
-        weight_M = knows_M / (knows_M + (1 - reliability) * _chance_coincidence(ids_MT, p_MT, q_MT))
-        target_MT = q_MT * torch.lerp(torch.ones_like(p_MT), p_MT / coincidence_M[:, None], weight_M[:, None])
-    return SoftTarget.by_confidence(ids_MT, target_MT.log(), arguments.certainty_power)
-
-
-def target_of_testimony(teacher: Completions, readings: Sequence[TopTokens], power: float) -> SoftTarget:
-    """What a client's tokens are trained towards where shadows told its skill.
-
-    The geometric mean of what they testified, which is the first reading, and of what the LLM has said since; times
-    the square root of what the TinyLM says at each place, whose words the testimony has already counted.
-    """
-    ids_MT = readings[0].ids_MT
-    said_MT = _mean_log_said(readings, ids_MT) + 0.5 * _mean_log_said([teacher.tokens], ids_MT)
-    return SoftTarget.by_confidence(ids_MT, said_MT.log_softmax(dim=1), power)
-
-
-def _mean_log_said(readings: Sequence[TopTokens], ids_MT: torch.Tensor) -> torch.Tensor:
-    said = [reading.probabilities_of(ids_MT).clamp(min=_LEAST_PROBABILITY).log() for reading in readings]
-    return torch.stack(said).mean(dim=0)
-
-
-def _chance_coincidence(ids_MT: torch.Tensor, p_MT: torch.Tensor, q_MT: torch.Tensor) -> float:
-    """How likely two models name the same token where they look at different places."""
-    names, places = ids_MT.flatten().unique(return_inverse=True)
-    mean_p, mean_q = (
-        torch.zeros(len(names)).index_add_(0, places, said_MT.flatten()) / len(said_MT) for said_MT in (p_MT, q_MT)
-    )
-    return float((mean_p * mean_q).sum())

@@ -9,7 +9,7 @@ import torch
 
 from grad_transformer.refinement import Completions, RefinementArguments, TopTokens, annotator_deltas
 from grad_transformer.refinement.annotators import Channel, Screening, hear_best, screen
-from grad_transformer.refinement.refinement import target_of_testimony
+from grad_transformer.refinement.targets import target_of_testimony
 
 
 WORDS, ROWS, LENGTH = 10, 240, 3

@@ -24,8 +24,9 @@ from grad_transformer.refinement import (
     public_weak_to_strong,
     refine,
 )
-from grad_transformer.refinement.refinement import is_covered, soft_target
+from grad_transformer.refinement.refinement import is_covered
 from grad_transformer.refinement.student import SoftTarget
+from grad_transformer.refinement.targets import soft_target
 from grad_transformer.shadow import FineTuneJob, run_batched
 from tests.worlds import lora, moved, tiny_qwen2
 
