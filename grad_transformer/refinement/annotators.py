@@ -150,7 +150,7 @@ def hear_best(
     heard: list[dict[str, tuple[Channel, TopTokens]]] = [{} for _ in completions]
     most = min(_TOGETHER, len(annotators))
     for place in range(most if completions else 0):
-        say(f"the best shadows hear_best on all prompts, {place + 1} of {most}")
+        say(f"the best shadows testify on all prompts, {place + 1} of {most}")
         names = [screening.best[place] for screening in screenings]
         values_KP = student.root.adapter.flat() + torch.stack([annotators[name] for name in names])
         read = student.read(values_KP, completions, top_tokens=arguments.top_tokens)
