@@ -101,13 +101,13 @@ def private_deltas(lab: FinishedLab, clients: list[list[Any]], args: argparse.Na
 
 def draw(curves: dict[str, list[float]], path: Path) -> None:
     names = [f"{epsilon:g}" for epsilon in EPSILONS[:-1]] + ["∞"]
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.6, 3.8), layout="constrained")
     for name, values in curves.items():
         style = "--" if name in ("ceiling", "mean shadow") else "-"
         axes.plot(names, values, style, marker="o", markersize=4, label=name)
     axes.set(xlabel="epsilon of the client (delta 1e-5)", ylabel="exact match, mean over clients", ylim=(-0.03, 1.03))
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside center right")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
