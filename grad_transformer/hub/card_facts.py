@@ -147,6 +147,8 @@ def _refinement_words(refinements: Any) -> str:
     for facts in refinements:
         history = facts["agreement_by_round"]
         ending = f"refined to {history[-1]:.2f}" if len(history) > 1 else "left as it was"
+        shadows = ", ".join(f"`{name}`" for name in facts.get("annotators", []))
+        ending += f" towards what shadows of {shadows} say in the client's words" if shadows else ""
         words.append(f"`{facts['candidate']}`, whose agreement with the TinyLM was {history[0]:.2f}, {ending}")
     return (
         "Refined on public prompts that the TinyLM with the client's adapter completed: " + "; ".join(words) + ". No "

@@ -124,7 +124,9 @@ class Prediction:
 def describe_refinement(facts: Mapping[str, Any]) -> str:
     """One sentence on what became of a client."""
     history = " -> ".join(f"{agreement:.3f}" for agreement in facts["agreement_by_round"])
+    shadows = ", ".join(facts["annotators"])
     return (
         f"Agreement with the TinyLM on public prompts: {facts['candidate']} {history}, "
         f"an LLM without errors {facts['expected_agreement']:.3f}."
+        + (f" Towards what these shadows say in the client's words: {shadows}." if shadows else "")
     )
