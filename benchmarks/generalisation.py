@@ -40,7 +40,7 @@ from grad_transformer.refinement import (
 NUM_TASKS = (7, 14, 21, 28)
 NUM_RUNS = 112
 # (rounds, steps of each)
-STEPS = ((0, 80), (1, 20), (1, 40), (1, 80), (2, 80), (3, 80))
+STEPS = ((0, 80), (1, 20), (1, 80), (2, 80))
 SORTS = ("seen", "small", "skewed", "mixture", "unseen")
 DEFAULTS = RefinementArguments(max_new_tokens=NUM_DIGITS + 1)
 COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#7A7A7A", "#E69F00", "#0072B2")

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..adapters.rows import Deltas, evenly_spaced
+from ..adapters.rows import CHUNK_VALUES, Deltas, evenly_spaced
 from ..shadow import DeltaDataset
 from .arguments import RefinementArguments
-from .completions import Completions, TopTokens
+from .completions import LEAST_PROBABILITY, Completions, TopTokens, spread
 from .student import Student
 
 
@@ -31,8 +31,6 @@ _MOST_WORDS = 128
 _RARE = 1e-3
 # Probability that a word has beside all evidence, so that nothing is impossible.
 _FLOOR = 1e-3
-# What no annotator names is not impossible either.
-_LEAST = 1e-4
 # How often, before any evidence, a word has been seen to stand for itself.
 _SELF_COUNT = 0.5
 _EM_STEPS = 10
@@ -40,7 +38,7 @@ _EM_STEPS = 10
 _MOST_TOKENS = 2**15
 _SINKHORN_STEPS = 5
 # Annotators whose testimony is taken together: at most so many, and none that tells so much less than the best.
-_TOGETHER, _NATS_BEHIND = 5, 0.1
+MOST_TOGETHER, _NATS_BEHIND = 5, 0.1
 
 
 @dataclass(frozen=True)
@@ -49,12 +47,12 @@ class Screening:
 
     Args:
         few ([`Completions`]): these prompts.
-        heard (`dict[str, TopTokens]`): what each says.
+        heard (`dict[str, torch.Tensor]`): what each says of the TinyLM's own tokens, `(M, T)` in float16.
         channels (`dict[str, Channel]`): and which words of the client's its words stand for.
     """
 
     few: Completions
-    heard: dict[str, TopTokens]
+    heard: dict[str, torch.Tensor]
     channels: dict[str, Channel]
 
     @property
@@ -102,8 +100,18 @@ def annotator_deltas(target_NP: Deltas, tasks: Sequence[str | None], most: int) 
         rows_by_name = {str(task): [] for task in sorted(set(tasks), key=str)}
         for row, task in enumerate(tasks):
             rows_by_name[str(task)].append(row)
-    names = list(rows_by_name)[:: max(1, -(-len(rows_by_name) // most))]
-    return {name: target_NP[rows_by_name[name]].mean(0) for name in names}
+    names = list(rows_by_name)
+    chosen = [names[place] for place in spread(len(names), most)]
+    return {name: _mean(target_NP, rows_by_name[name]) for name in chosen}
+
+
+def _mean(target_NP: Deltas, rows: list[int]) -> torch.Tensor:
+    """Of some rows, of which a few are held at a time."""
+    sum_P = torch.zeros(target_NP.shape[1], dtype=torch.float64)
+    step = max(1, CHUNK_VALUES // target_NP.shape[1])
+    for start in range(0, len(rows), step):
+        sum_P += target_NP[rows[start : start + step]].to(torch.float64).sum(0)
+    return (sum_P / len(rows)).to(torch.float32)
 
 
 def shadow_annotators(deltas: DeltaDataset, arguments: RefinementArguments) -> dict[str, torch.Tensor]:
@@ -134,7 +142,8 @@ def screen(
         say(f"shadow {number + 1} of {len(annotators)} testifies")
         values_KP = (student.root.adapter.flat() + delta_P).expand(len(few), -1)
         for each, said in zip(found, student.read(values_KP, few, top_tokens=arguments.top_tokens), strict=True):
-            each.heard[name], each.channels[name] = said, Channel.fit(each.few, said)
+            each.heard[name] = said.probabilities_of(each.few.tokens.ids_MT).half()
+            each.channels[name] = Channel.fit(each.few, said)
     return found
 
 
@@ -148,7 +157,7 @@ def hear_best(
 ) -> list[Testimony]:
     """Ask the best annotators of each of K clients, as [`screen`] found them, about all prompts."""
     heard: list[dict[str, tuple[Channel, TopTokens]]] = [{} for _ in completions]
-    most = min(_TOGETHER, len(annotators))
+    most = min(MOST_TOGETHER, len(annotators))
     for place in range(most if completions else 0):
         say(f"the best shadows testify on all prompts, {place + 1} of {most}")
         names = [screening.best[place] for screening in screenings]
@@ -223,12 +232,12 @@ def _together(teacher: Completions, heard: Mapping[str, tuple[Channel, TopTokens
     # Beside the words that are renamed, those that TinyLM and best annotator name, each once.
     others_MT = torch.cat([teacher.tokens.ids_MT, best.ids_MT], dim=1).sort(dim=1).values
     named_MT = torch.nn.functional.pad(others_MT[:, 1:] == others_MT[:, :-1], (1, 0)) | torch.isin(others_MT, words_U)
-    logs = []
+    sum_MW = torch.zeros(len(others_MT), len(words_U) + others_MT.shape[1])
     for name in kept:
         channel, said = heard[name]
-        literal_MT = said.probabilities_of(others_MT)
-        logs.append(torch.cat([channel.rename(said, words_U), literal_MT], dim=1).clamp(min=_LEAST).log())
-    mean_MW = torch.stack(logs).mean(dim=0)
+        renamed = [channel.rename(said, words_U), said.probabilities_of(others_MT)]
+        sum_MW += torch.cat(renamed, dim=1).clamp(min=LEAST_PROBABILITY).log()
+    mean_MW = sum_MW / len(kept)
     mean_MW[:, len(words_U) :].masked_fill_(named_MT, -torch.inf)
     top = mean_MW.log_softmax(dim=1).topk(min(teacher.tokens.ids_MT.shape[1], mean_MW.shape[1]), dim=1)
     ids_MW = torch.cat([words_U.expand(len(others_MT), -1), others_MT], dim=1)

@@ -43,7 +43,7 @@ class RefinementArguments:
         default=0.85,
         metadata={
             "help": "A client keeps its best candidate as it is where the nearest shadow's agreement is this share of "
-            "what an LLM without errors would reach: its task is one that shadows showed. Above 1: never."
+            "what an LLM without errors would reach: its task is one that shadows showed. 99: never."
         },
     )
     top_tokens: int = field(default=16, metadata={"help": "Tokens of each predicted distribution that are kept."})

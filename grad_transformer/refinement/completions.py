@@ -18,6 +18,14 @@ from ..evaluation.scoring import Rows, end_token_ids, generate_tokens
 
 # Values of a pass's logits: 0.5 GB in float32.
 _LOGITS_PER_PASS = 2**27
+# What a model did not name is not impossible.
+LEAST_PROBABILITY = 1e-4
+
+
+def spread(count: int, most: int) -> list[int]:
+    """`most` places among `count`, at even spacing, or all of fewer."""
+    kept = min(count, most)
+    return [place * count // kept for place in range(kept)]
 
 
 @dataclass(frozen=True)
@@ -93,9 +101,9 @@ class Completions:
     counted_M: torch.Tensor
 
     def some(self, count: int) -> Completions:
-        """At most `count` rows, at even spacing."""
+        """`count` of the rows at even spacing, or all of fewer."""
         sizes = [len(row) - start for row, start in zip(self.rows, self.starts, strict=True)]
-        chosen = range(0, len(self.rows), max(1, -(-len(self.rows) // count)))
+        chosen = spread(len(self.rows), count)
         places = torch.arange(sum(sizes)).split(sizes)
         tokens = torch.cat([places[row] for row in chosen])
         return Completions(

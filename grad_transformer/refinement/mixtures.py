@@ -16,7 +16,7 @@ import torch
 
 from .annotators import Screening
 from .arguments import RefinementArguments
-from .completions import Completions, TopTokens
+from .completions import Completions
 from .student import SoftTarget, Student
 
 
@@ -47,11 +47,11 @@ def mixture_targets(
     """
     chosen: list[list[str]] = []
     for screening in screenings:
-        weights_A = mixture_weights(screening.few, list(screening.heard.values()))
+        weights_A = mixture_weights(screening.few, [said.float() for said in screening.heard.values()])
         best = weights_A.topk(min(_MOST, len(weights_A)))
         numbers = best.indices[best.values > _LEAST_WEIGHT].tolist() or [int(best.indices[0])]
         chosen.append([list(screening.heard)[number] for number in numbers])
-    heard: list[list[TopTokens]] = [[] for _ in completions]
+    heard: list[list[torch.Tensor]] = [[] for _ in completions]
     most = max(map(len, chosen), default=0)
     for place in range(most):
         say(f"shadows of mixtures speak, {place + 1} of {most}")
@@ -59,19 +59,24 @@ def mixture_targets(
         read = student.read(student.root.adapter.flat() + deltas_KP, completions, top_tokens=arguments.top_tokens)
         for index, said in enumerate(read):
             if place < len(chosen[index]):
-                heard[index].append(said)
+                heard[index].append(said.probabilities_of(completions[index].tokens.ids_MT))
     targets = []
     for teacher, speakers in zip(completions, heard, strict=True):
         mixed_MT = mixture(teacher, speakers, mixture_weights(teacher, speakers))
-        target_MT = (_on_own_tokens(teacher.tokens, teacher) + mixed_MT) / 2
+        target_MT = (_slipping(teacher.tokens.log_probs_MT.exp()) + mixed_MT) / 2
         targets.append(SoftTarget.by_confidence(teacher.tokens.ids_MT, target_MT.log(), 0.0))
     return targets
 
 
-def mixture_weights(teacher: Completions, heard: Sequence[TopTokens]) -> torch.Tensor:
-    """Weights `(A,)` under which annotators together say what the TinyLM says, by expectation maximisation."""
+def mixture_weights(teacher: Completions, heard: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Weights `(A,)` under which annotators together say what the TinyLM says, by expectation maximisation.
+
+    Args:
+        teacher ([`Completions`]): what the TinyLM says.
+        heard (`Sequence[torch.Tensor]`): each annotator's probabilities `(M, T)` of the TinyLM's tokens.
+    """
     p_AMT, before_AM = _annotators(teacher, heard)
-    q_MT = _on_own_tokens(teacher.tokens, teacher)
+    q_MT = _slipping(teacher.tokens.log_probs_MT.exp())
     weights_A = torch.full((len(heard),), 1 / len(heard))
     for _ in range(_EM_STEPS):
         speaking_AM = _speaking(weights_A, before_AM)
@@ -82,7 +87,7 @@ def mixture_weights(teacher: Completions, heard: Sequence[TopTokens]) -> torch.T
     return weights_A
 
 
-def mixture(teacher: Completions, heard: Sequence[TopTokens], weights_A: torch.Tensor) -> torch.Tensor:
+def mixture(teacher: Completions, heard: Sequence[torch.Tensor], weights_A: torch.Tensor) -> torch.Tensor:
     """What the mixture says at each place, `(M, T)`, on the tokens that the TinyLM names there."""
     p_AMT, before_AM = _annotators(teacher, heard)
     return (_speaking(weights_A, before_AM)[:, :, None] * p_AMT).sum(0)
@@ -93,15 +98,14 @@ def _speaking(weights_A: torch.Tensor, before_AM: torch.Tensor) -> torch.Tensor:
     return (weights_A.clamp(min=1e-12).log()[:, None] + before_AM).softmax(0)
 
 
-def _annotators(teacher: Completions, heard: Sequence[TopTokens]) -> tuple[torch.Tensor, torch.Tensor]:
+def _annotators(teacher: Completions, heard: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Each one's probabilities of the TinyLM's tokens `(A, M, T)`, and log probability of the row's words before."""
-    p_AMT = torch.stack([_on_own_tokens(said, teacher) for said in heard])
+    p_AMT = torch.stack([_slipping(said_MT) for said_MT in heard])
     spoken_AM = p_AMT[:, :, 0].log()
     sizes = [len(row) - start for row, start in zip(teacher.rows, teacher.starts, strict=True)]
     return p_AMT, torch.cat([row.cumsum(1) - row for row in spoken_AM.split(sizes, dim=1)], dim=1)
 
 
-def _on_own_tokens(said: TopTokens, teacher: Completions) -> torch.Tensor:
-    p_MT = said.probabilities_of(teacher.tokens.ids_MT)
+def _slipping(p_MT: torch.Tensor) -> torch.Tensor:
     p_MT = (1 - _SLIP) * p_MT + _SLIP / p_MT.shape[1]
     return p_MT / p_MT.sum(1, keepdim=True)

@@ -54,8 +54,10 @@ class Refinement:
         candidate_delta_P (`torch.Tensor`): its delta, before refinement.
         agreement (`dict[str, float]`): of each candidate with the TinyLM, from 0 to 1.
         expected_agreement (`float`): of an LLM without errors, by the TinyLM's own probabilities.
-        annotators (`list[str]`): the shadows whose testimony it was refined towards, the best first; empty for none.
-        told (`float`, *optional*): what the best shadow tells of the TinyLM's words, see [`Testimony`].
+        annotators (`list[str]`): the shadows whose testimony it was refined towards, the best first; empty for none,
+            and for a mixture of them.
+        told (`float`, *optional*): what the best shadow tells of the TinyLM's words, see [`Testimony`]: on all
+            prompts, or on the few of the screening where it was not asked about more.
         agreement_by_round (`list[float]`): of the adapter before each round that refined it, and at the end.
         seconds (`float`): the client's share of the time.
     """
@@ -206,6 +208,7 @@ class _Case:
         readings (`list[TopTokens]`): what the LLM or its better, the shadows, said; the last is the latest.
         history (`list[float]`): agreement of the LLM so far.
         screening ([`Screening`], *optional*), testimony ([`Testimony`], *optional*): what shadows say.
+        told (`float`, *optional*): see [`Refinement`].
         mixture ([`SoftTarget`], *optional*): what it is trained towards if it hedges among tasks of shadows.
     """
 
@@ -218,6 +221,7 @@ class _Case:
     readings: list[TopTokens]
     history: list[float]
     screening: Screening | None = None
+    told: float | None = None
     testimony: Testimony | None = None
     mixture: SoftTarget | None = None
 
@@ -235,7 +239,8 @@ class _Case:
             # Without shadows to explain it, what the TinyLM says is taken as it is.
             return SoftTarget.by_confidence(self.teacher.tokens.ids_MT, self.teacher.tokens.log_probs_MT, 0.0)
         if self.testimony is not None:
-            return target_of_testimony(self.teacher, self.readings, arguments.certainty_power)
+            readings = self.readings if arguments.second_witness else self.readings[:1]
+            return target_of_testimony(self.teacher, readings, arguments.certainty_power)
         return soft_target(self.teacher, self.readings, self.history[-1], arguments)
 
 
@@ -251,10 +256,10 @@ def _refine_group(
     root_P = student.root.adapter.flat()
     cases = _choose(completions, candidates, student, arguments, say)
     if annotators and arguments.rounds:
-        speaking = [case for case in cases if case.teacher.counted_M.any()]
+        speaking = [case for case in cases if case.teacher.some(arguments.screening_prompts).counted_M.any()]
         screenings = screen([case.teacher for case in speaking], annotators, student, arguments, say)
         for case, screening in zip(speaking, screenings, strict=True):
-            case.screening = screening
+            case.screening, case.told = screening, screening.told
     moving = [case for case in cases if case.hedges or not is_covered(case.agreement, case.expected, arguments)]
     _ask_shadows(moving, annotators, student, arguments, say)
     for round_number in range(arguments.rounds if moving else 0):
@@ -282,7 +287,7 @@ def _refine_group(
             agreement=case.agreement,
             expected_agreement=case.expected,
             annotators=[] if case.testimony is None else case.testimony.annotators,
-            told=None if case.screening is None else case.screening.told,
+            told=case.told,
             agreement_by_round=case.history,
             seconds=seconds,
         )
@@ -353,6 +358,7 @@ def _ask_shadows(
         say,
     )
     for (case, _), testimony in zip(asked, testimonies, strict=True):
+        case.told = testimony.told
         if testimony.told > _TELLING:
             case.testimony, case.readings = testimony, [testimony.tokens]
 

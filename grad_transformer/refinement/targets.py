@@ -10,12 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from .arguments import RefinementArguments
-from .completions import Completions, TopTokens
+from .completions import LEAST_PROBABILITY, Completions, TopTokens
 from .student import SoftTarget
-
-
-# What a model did not name is not impossible.
-_LEAST_PROBABILITY = 1e-4
 
 
 def soft_target(
@@ -59,7 +55,7 @@ def target_of_testimony(teacher: Completions, readings: Sequence[TopTokens], pow
 
 
 def _mean_log_said(readings: Sequence[TopTokens], ids_MT: torch.Tensor) -> torch.Tensor:
-    said = [reading.probabilities_of(ids_MT).clamp(min=_LEAST_PROBABILITY).log() for reading in readings]
+    said = [reading.probabilities_of(ids_MT).clamp(min=LEAST_PROBABILITY).log() for reading in readings]
     return torch.stack(said).mean(dim=0)
 
 

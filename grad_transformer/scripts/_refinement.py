@@ -27,8 +27,8 @@ class RefinementFlags:
     refine_data: str | None = field(
         default=None,
         metadata={
-            "help": "Public rows: a file, or a dataset on the Hub. The client's TinyLM completes them, and the "
-            "adapter is refined towards what both say."
+            "help": "Public rows: a file, or a dataset on the Hub. The client's TinyLM completes them. The adapter is "
+            "refined towards what shadows of `--dataset` say in the client's words, or else towards what both say."
         },
     )
     refine_prompts: int = field(default=_DEFAULTS.num_prompts, metadata={"help": "Public prompts to use."})

@@ -8,9 +8,10 @@
     grad-transformer generate --mapper mapper --adapters bank-a --dataset deltas --method best \
         --refine_data public.jsonl --output_dir out
 
-With `--refine_data` the clients' TinyLMs complete public prompts, and the LLM's adapter is refined towards the
-posterior of both: no private row is seen, and what a private fine-tune guarantees still holds (post-processing). With
-`--dataset`, the mapper's training pairs, nearest shadow and regressions can take the mapper's place (`--method`);
+With `--refine_data` the clients' TinyLMs complete public prompts, and the LLM's adapter is refined: with `--dataset`,
+the mapper's training pairs, towards what those of its shadows say that know the skill in other words, else towards
+the posterior of TinyLM and LLM. No private row is seen, and what a private fine-tune guarantees still holds
+(post-processing). With `--dataset`, nearest shadow and regressions can also take the mapper's place (`--method`);
 `best` lets agreement on the public prompts decide, client by client.
 
 Each client's shift, its distance from the shadows that the mapper has learned from, is printed and kept in the

@@ -22,6 +22,7 @@ from ..errors import UsageError
 from ..evaluation.tasks import TASKS
 from ..finetuning import FineTuningRecipe
 from ..refinement import RefinementArguments
+from ..refinement.annotators import MOST_TOGETHER
 from ..refinement.candidates import CANDIDATES
 from ..shadow.estimate import DEFAULT_MFU, DEVICES
 from ..training import MapperArguments
@@ -143,6 +144,8 @@ def _cost(stage: Stage, sizes: _Sizes, peak: float, bandwidth: float) -> tuple[f
         recipe = FineTuningRecipe.from_dict(params["recipe"])
         trained = arguments.rounds * arguments.steps * recipe.rows_per_step
         read = (len(CANDIDATES) + arguments.rounds) * arguments.num_prompts
+        if arguments.annotators:
+            read += arguments.annotators * arguments.screening_prompts + MOST_TOGETHER * arguments.num_prompts
         tokens = len(_clients_of(stage)) * recipe.max_length * (4 * trained + 2 * read)
         return size.parameters * tokens / speed, 4.0 * size.adapter, _training_memory(size, recipe)
     # Labels and scores: prompts are read at once, answers come token by token.

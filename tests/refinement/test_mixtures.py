@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -16,6 +18,10 @@ def words(seed: int) -> torch.Tensor:
 
 
 SHADOWS = [said(words(seed), 0.99) for seed in (1, 2, 3)]
+
+
+def on_tokens_of(teacher: Completions, shadows: Sequence[TopTokens] = SHADOWS) -> list[torch.Tensor]:
+    return [shadow.probabilities_of(teacher.tokens.ids_MT) for shadow in shadows]
 
 
 def hedging(weights: tuple[float, ...]) -> Completions:
@@ -34,13 +40,13 @@ def test_the_weights_are_those_of_the_tasks() -> None:
     teacher = hedging((0.7, 0.0, 0.3))
     firsts = torch.arange(0, ROWS * LENGTH, LENGTH)
     single = Completions([[1, 1, 1]] * ROWS, [2] * ROWS, teacher.tokens.where(firsts), torch.ones(ROWS).bool())
-    weights_A = mixture_weights(single, [shadow.where(firsts) for shadow in SHADOWS])
+    weights_A = mixture_weights(single, on_tokens_of(single, [shadow.where(firsts) for shadow in SHADOWS]))
     assert weights_A.tolist() == pytest.approx([0.7, 0.0, 0.3], abs=0.03)
 
 
 def test_the_words_before_tell_which_shadow_speaks() -> None:
     teacher = hedging((0.6, 0.4, 0.0))
-    mixed_MT = mixture(teacher, SHADOWS[:2], torch.tensor([0.6, 0.4])).view(ROWS, LENGTH, WORDS)
+    mixed_MT = mixture(teacher, on_tokens_of(teacher, SHADOWS[:2]), torch.tensor([0.6, 0.4])).view(ROWS, LENGTH, WORDS)
     first, last = mixed_MT[:, 0], mixed_MT[:, -1]
     torch.testing.assert_close(mixed_MT.sum(2), torch.ones(ROWS, LENGTH))
     # The likeliest words are the first shadow's: after two of them, the second is no longer expected to speak,
@@ -53,10 +59,10 @@ def test_a_target_is_the_mean_of_tinylm_and_mixture() -> None:
     teacher = hedging((0.6, 0.4, 0.0))
     few = teacher.some(60)
     student = Readings(SHADOWS)
-    heard = {name: Readings._of(shadow, few) for name, shadow in zip("012", SHADOWS, strict=True)}
+    heard = on_tokens_of(few, [Readings._of(shadow, few) for shadow in SHADOWS])
     (target,) = mixture_targets(
         [teacher],
-        [Screening(few, heard, {})],
+        [Screening(few, dict(zip("012", heard, strict=True)), {})],
         {name: NUMBERS[name] for name in "012"},
         student,
         RefinementArguments(),
