@@ -42,15 +42,39 @@ MOST_TOGETHER, _NATS_BEHIND = 5, 0.1
 
 
 @dataclass(frozen=True)
+class Panel:
+    """The LLM with the adapters of shadows, to be asked.
+
+    Args:
+        deltas (`Mapping[str, torch.Tensor]`): LLM deltas `(P,)` by name, one or more.
+        student ([`Student`]): the LLM.
+        top_tokens (`int`): see [`RefinementArguments`].
+        say (`Callable`): called with a few words as the work goes on.
+    """
+
+    deltas: Mapping[str, torch.Tensor]
+    student: Student
+    top_tokens: int
+    say: Callable[[str], None]
+
+    def read(self, names: Sequence[str], completions: Sequence[Completions]) -> list[TopTokens]:
+        """What the shadow of each name says at each token of the client beside it."""
+        values_KP = self.student.root.adapter.flat() + torch.stack([self.deltas[name] for name in names])
+        return self.student.read(values_KP, completions, top_tokens=self.top_tokens)
+
+
+@dataclass(frozen=True)
 class Screening:
     """What all annotators say to some of a client's prompts.
 
     Args:
-        few ([`Completions`]): these prompts.
+        teacher ([`Completions`]): what the client's TinyLM says to all prompts.
+        few ([`Completions`]): and to these.
         heard (`dict[str, torch.Tensor]`): what each says of the TinyLM's own tokens, `(M, T)` in float16.
         channels (`dict[str, Channel]`): and which words of the client's its words stand for.
     """
 
+    teacher: Completions
     few: Completions
     heard: dict[str, torch.Tensor]
     channels: dict[str, Channel]
@@ -120,53 +144,29 @@ def shadow_annotators(deltas: DeltaDataset, arguments: RefinementArguments) -> d
     return annotator_deltas(train.target, train.tasks, arguments.annotators)
 
 
-def screen(
-    completions: Sequence[Completions],
-    annotators: Mapping[str, torch.Tensor],
-    student: Student,
-    arguments: RefinementArguments,
-    say: Callable[[str], None],
-) -> list[Screening]:
-    """Ask all annotators about a few prompts of each of K clients.
-
-    Args:
-        completions (`Sequence[Completions]`): of the K clients.
-        annotators (`Mapping[str, torch.Tensor]`): LLM deltas `(P,)` by name.
-        student ([`Student`]): the LLM.
-        arguments ([`RefinementArguments`]).
-        say (`Callable`): called with a few words as the work goes on.
-    """
-    few = [each.some(arguments.screening_prompts) for each in completions]
-    found = [Screening(each, {}, {}) for each in few]
-    for number, (name, delta_P) in enumerate(annotators.items()):
-        say(f"shadow {number + 1} of {len(annotators)} testifies")
-        values_KP = (student.root.adapter.flat() + delta_P).expand(len(few), -1)
-        for each, said in zip(found, student.read(values_KP, few, top_tokens=arguments.top_tokens), strict=True):
+def screen(completions: Sequence[Completions], panel: Panel, prompts: int) -> list[Screening]:
+    """Ask all annotators about this many prompts of each of K clients."""
+    found = [Screening(each, each.some(prompts), {}, {}) for each in completions]
+    few = [each.few for each in found]
+    for number, name in enumerate(panel.deltas):
+        panel.say(f"shadow {number + 1} of {len(panel.deltas)} testifies")
+        for each, said in zip(found, panel.read([name] * len(few), few), strict=True):
             each.heard[name] = said.probabilities_of(each.few.tokens.ids_MT).half()
             each.channels[name] = Channel.fit(each.few, said)
     return found
 
 
-def hear_best(
-    completions: Sequence[Completions],
-    screenings: Sequence[Screening],
-    annotators: Mapping[str, torch.Tensor],
-    student: Student,
-    arguments: RefinementArguments,
-    say: Callable[[str], None],
-) -> list[Testimony]:
-    """Ask the best annotators of each of K clients, as [`screen`] found them, about all prompts."""
-    heard: list[dict[str, tuple[Channel, TopTokens]]] = [{} for _ in completions]
-    most = min(MOST_TOGETHER, len(annotators))
-    for place in range(most if completions else 0):
-        say(f"the best shadows testify on all prompts, {place + 1} of {most}")
-        names = [screening.best[place] for screening in screenings]
-        values_KP = student.root.adapter.flat() + torch.stack([annotators[name] for name in names])
-        read = student.read(values_KP, completions, top_tokens=arguments.top_tokens)
-        for index, (name, said) in enumerate(zip(names, read, strict=True)):
-            channel = Channel.fit(completions[index], said, start=screenings[index].channels[name])
-            heard[index][name] = (channel, said)
-    return [_together(*both) for both in zip(completions, heard, strict=True)]
+def hear_best(screenings: Sequence[Screening], panel: Panel) -> list[Testimony]:
+    """Ask the best annotators of each of K clients about all prompts."""
+    heard: list[dict[str, tuple[Channel, TopTokens]]] = [{} for _ in screenings]
+    most = min(MOST_TOGETHER, len(panel.deltas))
+    for place in range(most if screenings else 0):
+        panel.say(f"the best shadows testify on all prompts, {place + 1} of {most}")
+        names = [each.best[place] for each in screenings]
+        read = panel.read(names, [each.teacher for each in screenings])
+        for index, (each, name, said) in enumerate(zip(screenings, names, read, strict=True)):
+            heard[index][name] = (Channel.fit(each.teacher, said, start=each.channels[name]), said)
+    return [_together(each.teacher, found) for each, found in zip(screenings, heard, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,13 @@ of a distribution.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from .annotators import Screening
-from .arguments import RefinementArguments
+from .annotators import Panel, Screening
 from .completions import Completions
-from .student import SoftTarget, Student
+from .student import SoftTarget
 
 
 # Share of an annotator's words that may be any of the TinyLM's.
@@ -27,24 +26,9 @@ _EM_STEPS = 100
 _LEAST_WEIGHT, _MOST = 0.02, 6
 
 
-def mixture_targets(
-    completions: Sequence[Completions],
-    screenings: Sequence[Screening],
-    annotators: Mapping[str, torch.Tensor],
-    student: Student,
-    arguments: RefinementArguments,
-    say: Callable[[str], None],
-) -> list[SoftTarget]:
-    """What the tokens of K hedging clients are trained towards: the mean of TinyLM and mixture, every token alike.
-
-    Args:
-        completions (`Sequence[Completions]`): of the K clients.
-        screenings (`Sequence[Screening]`): of each.
-        annotators (`Mapping[str, torch.Tensor]`): LLM deltas `(P,)` by name.
-        student ([`Student`]): the LLM.
-        arguments ([`RefinementArguments`]).
-        say (`Callable`): called with a few words as the work goes on.
-    """
+def mixture_targets(screenings: Sequence[Screening], panel: Panel) -> list[SoftTarget]:
+    """What the tokens of K hedging clients are trained towards: the mean of TinyLM and mixture, every token alike."""
+    completions = [screening.teacher for screening in screenings]
     chosen: list[list[str]] = []
     for screening in screenings:
         weights_A = mixture_weights(screening.few, [said.float() for said in screening.heard.values()])
@@ -54,9 +38,8 @@ def mixture_targets(
     heard: list[list[torch.Tensor]] = [[] for _ in completions]
     most = max(map(len, chosen), default=0)
     for place in range(most):
-        say(f"shadows of mixtures speak, {place + 1} of {most}")
-        deltas_KP = torch.stack([annotators[names[min(place, len(names) - 1)]] for names in chosen])
-        read = student.read(student.root.adapter.flat() + deltas_KP, completions, top_tokens=arguments.top_tokens)
+        panel.say(f"shadows of mixtures speak, {place + 1} of {most}")
+        read = panel.read([names[min(place, len(names) - 1)] for names in chosen], completions)
         for index, said in enumerate(read):
             if place < len(chosen[index]):
                 heard[index].append(said.probabilities_of(completions[index].tokens.ids_MT))

@@ -25,7 +25,7 @@ from ..adapters import LoraAdapter
 from ..errors import UsageError
 from ..evaluation.scoring import Rows
 from ..finetuning import write_adapter_tensors
-from .annotators import Screening, Testimony, hear_best, screen
+from .annotators import Panel, Screening, Testimony, hear_best, screen
 from .arguments import RefinementArguments
 from .completions import Completions, TopTokens, complete_prompts
 from .mixtures import mixture_targets
@@ -149,13 +149,13 @@ def refine(
     """
     if not candidates:
         raise UsageError("There is nothing to refine.", expected="at least one candidate", found="none")
+    say = progress or (lambda _: None)
+    panel = Panel(annotators, student, arguments.top_tokens, say) if annotators and arguments.rounds else None
     results: list[Refinement] = []
     for start in range(0, len(completions), clients_at_once):
         group = slice(start, start + clients_at_once)
         deltas = {name: deltas_KP[group] for name, deltas_KP in candidates.items()}
-        results += _refine_group(
-            completions[group], deltas, annotators or {}, student, arguments, progress or (lambda _: None)
-        )
+        results += _refine_group(completions[group], deltas, panel, student, arguments, say)
     return results
 
 
@@ -247,7 +247,7 @@ class _Case:
 def _refine_group(
     completions: Sequence[Completions],
     candidates: Mapping[str, torch.Tensor],
-    annotators: Mapping[str, torch.Tensor],
+    panel: Panel | None,
     student: Student,
     arguments: RefinementArguments,
     say: Progress,
@@ -255,13 +255,14 @@ def _refine_group(
     started = time.perf_counter()
     root_P = student.root.adapter.flat()
     cases = _choose(completions, candidates, student, arguments, say)
-    if annotators and arguments.rounds:
+    if panel is not None:
         speaking = [case for case in cases if case.teacher.some(arguments.screening_prompts).counted_M.any()]
-        screenings = screen([case.teacher for case in speaking], annotators, student, arguments, say)
+        screenings = screen([case.teacher for case in speaking], panel, arguments.screening_prompts)
         for case, screening in zip(speaking, screenings, strict=True):
             case.screening, case.told = screening, screening.told
     moving = [case for case in cases if case.hedges or not is_covered(case.agreement, case.expected, arguments)]
-    _ask_shadows(moving, annotators, student, arguments, say)
+    if panel is not None:
+        _ask_shadows(moving, panel)
     for round_number in range(arguments.rounds if moving else 0):
         say(f"round {round_number + 1} of {arguments.rounds}: {len(moving)} clients")
         asked = [case.teacher for case in moving]
@@ -328,36 +329,14 @@ def _choose(
     return cases
 
 
-def _ask_shadows(
-    cases: Sequence[_Case],
-    annotators: Mapping[str, torch.Tensor],
-    student: Student,
-    arguments: RefinementArguments,
-    say: Progress,
-) -> None:
+def _ask_shadows(cases: Sequence[_Case], panel: Panel) -> None:
     """What clients that hedge may be mixtures of, and for the others what the best shadows testify."""
     screened = [(case, case.screening) for case in cases if case.screening is not None]
     hedging = [both for both in screened if both[0].hedges]
-    mixtures = mixture_targets(
-        [case.teacher for case, _ in hedging],
-        [screening for _, screening in hedging],
-        annotators,
-        student,
-        arguments,
-        say,
-    )
-    for (case, _), mixture in zip(hedging, mixtures, strict=True):
+    for (case, _), mixture in zip(hedging, mixture_targets([each for _, each in hedging], panel), strict=True):
         case.mixture = mixture
-    asked = [both for both in screened if not both[0].hedges]
-    testimonies = hear_best(
-        [case.teacher for case, _ in asked],
-        [screening for _, screening in asked],
-        annotators,
-        student,
-        arguments,
-        say,
-    )
-    for (case, _), testimony in zip(asked, testimonies, strict=True):
+    others = [both for both in screened if not both[0].hedges]
+    for (case, _), testimony in zip(others, hear_best([each for _, each in others], panel), strict=True):
         case.told = testimony.told
         if testimony.told > _TELLING:
             case.testimony, case.readings = testimony, [testimony.tokens]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from grad_transformer.refinement import Completions, RefinementArguments, TopTokens
-from grad_transformer.refinement.annotators import Screening
+from grad_transformer.refinement import Completions, TopTokens
+from grad_transformer.refinement.annotators import Panel, Screening
 from grad_transformer.refinement.mixtures import mixture, mixture_targets, mixture_weights
 from tests.refinement.test_annotators import FIRST_WORD, LENGTH, NUMBERS, ROWS, WORDS, Readings, heard_from, said
 
@@ -60,14 +60,9 @@ def test_a_target_is_the_mean_of_tinylm_and_mixture() -> None:
     few = teacher.some(60)
     student = Readings(SHADOWS)
     heard = on_tokens_of(few, [Readings._of(shadow, few) for shadow in SHADOWS])
-    (target,) = mixture_targets(
-        [teacher],
-        [Screening(few, dict(zip("012", heard, strict=True)), {})],
-        {name: NUMBERS[name] for name in "012"},
-        student,
-        RefinementArguments(),
-        lambda _: None,  # type: ignore[arg-type]
-    )
+    panel = Panel({name: NUMBERS[name] for name in "012"}, student, 16, lambda _: None)  # type: ignore[arg-type]
+    screening = Screening(teacher, few, dict(zip("012", heard, strict=True)), {})
+    (target,) = mixture_targets([screening], panel)
     assert {number for number, _ in student.asked} == {0, 1}
     assert target.weights_M.tolist() == [1.0] * (ROWS * LENGTH)
     torch.testing.assert_close(target.tokens.log_probs_MT.exp().sum(1), torch.ones(ROWS * LENGTH))

@@ -253,6 +253,14 @@ def test_shadows_are_followed_as_far_as_they_know_the_skill(
         assert result.agreement_by_round[-1] > result.agreement_by_round[0] + 0.1
 
 
+def test_a_client_whose_tinylm_says_nothing_is_not_screened(world: dict, heard: list[Completions]) -> None:
+    silent = replace(heard[0], counted_M=torch.zeros_like(heard[0].counted_M))
+    zero_P = torch.zeros(world["roots"]["llm"].layout.numel)
+    none, annotators = {"none": zero_P.repeat(2, 1)}, {"root": zero_P}
+    results = refine([silent, heard[1]], none, world["student"], ARGUMENTS, annotators=annotators)
+    assert results[0].told is None and results[1].told is not None
+
+
 def test_a_covered_client_keeps_its_best_candidate(
     world: dict, heard: list[Completions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
