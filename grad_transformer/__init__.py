@@ -4,11 +4,11 @@ Maps what a small language model learned, as a LoRA delta, to a LoRA adapter of 
 """
 
 import logging as _logging
-import os as _os
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from .lazy import lazy_names as _lazy_names
 from .registration import register_mappers as _register_mappers
+from .verbosity import chosen_level as _chosen_level
 from .version import __version__
 
 
@@ -19,10 +19,7 @@ if _TYPE_CHECKING:
     from .modeling_grad_transformer import GradTransformer, GradTransformerOutput
     from .tokenization_lora_delta import LoraDeltaTokenizer
 
-# Our loggers lie outside transformers' own tree, which its verbosity does not reach.
-_level = _os.environ.get("TRANSFORMERS_VERBOSITY", "").upper().replace("DETAIL", "DEBUG")
-_known = _level in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-_logging.getLogger(__name__).setLevel(_level if _known else _logging.WARNING)
+_logging.getLogger(__name__).setLevel(_chosen_level() or _logging.WARNING)
 
 __getattr__, __dir__ = _lazy_names(
     __name__,

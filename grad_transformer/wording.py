@@ -1,4 +1,4 @@
-"""How durations, sizes and foreign text are put before people."""
+"""How durations, sizes, counts and foreign text are put before people."""
 
 from __future__ import annotations
 
@@ -86,12 +86,25 @@ def describe_bytes(number: float) -> str:
     """A size as people say it: `512 bytes`, `3.2 MiB`, `1,250 GiB`."""
     if number < 1024:
         return f"{number:.0f} bytes"
-    unit = "GiB"
-    for unit in ("KiB", "MiB", "GiB"):
-        number /= 1024
-        if number < 1000:
-            break
+    unit, factor = next(
+        (unit, factor) for unit, factor in (("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30)) if _fits(number, factor)
+    )
+    number /= factor
     return f"{number:.2g} {unit}" if number < 10 else f"{number:,.0f} {unit}"
+
+
+def describe_count(number: float) -> str:
+    """A large number as people say it: `512`, `33 thousand`, `7.6 billion`."""
+    if number < 10_000:
+        return f"{number:,.0f}"
+    words = ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"), (1e3, "thousand"))
+    size, word = next((size, word) for size, word in words if number >= 0.9995 * size)
+    return f"{number / size:.3g} {word}" if number / size < 100 else f"{number / size:,.0f} {word}"
+
+
+def _fits(number: float, factor: int) -> bool:
+    """Whether a number of bytes has at most three digits in this unit; the largest unit takes all."""
+    return number < 999.5 * factor or factor == 2**30
 
 
 def _two_units(number: int, base: int, large: str, small: str, *, fine_below: int) -> str:

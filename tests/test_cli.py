@@ -18,7 +18,8 @@ import pytest
 
 from grad_transformer import cli
 from grad_transformer.errors import AdapterFormatError, UsageError
-from grad_transformer.scripts._common import CommandParser, CommandResult, emit, format_table
+from grad_transformer.scripts._common import CommandParser, CommandResult, format_table
+from grad_transformer.scripts._output import emit
 
 
 ROOT = Path(__file__).parents[1]

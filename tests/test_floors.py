@@ -19,6 +19,7 @@ FLOORS = {
     "lazy": 0,
     "wording": 0,
     "files": 0,
+    "verbosity": 0,
     "version": 0,
     "hub": 1,
     "adapters": 2,

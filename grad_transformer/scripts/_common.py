@@ -1,4 +1,4 @@
-'''What every command shares: its parser, its result, its logging.
+'''What every command shares: its parser, its result, checks of what it was given.
 
 A command `name` is one file, `scripts/name.py`. Its docstring says in one sentence what goes in and what comes out,
 and holds commands that can be pasted; it is also what `grad-transformer name --help` prints. Below it stand a
@@ -42,18 +42,10 @@ def main(args: AverageArguments) -> CommandResult:
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
-import json
-import logging
-import math
-import os
-import sys
 import textwrap
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 
 import yaml
@@ -258,6 +250,9 @@ class CommandParser(argparse.ArgumentParser):
         return f"did you mean {close[0]}? see `{self.prog} --help`" if close else f"see `{self.prog} --help`"
 
 
+# Names of torch's dtypes that weights can be computed in.
+FLOAT_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 _HELP_ALL = "Show all arguments, also those of transformers' TrainingArguments."
 
 
@@ -298,42 +293,32 @@ def _join_config_flag(argv: Sequence[str]) -> tuple[list[str], str | None]:
 
 
 def check_device(device: str | None, dtype: str = "auto") -> None:
-    """Refuse names of devices and dtypes that torch does not know.
+    """Refuse devices that torch does not know or that this machine lacks, and dtypes that weights cannot have.
 
     Raises:
         [`UsageError`]
     """
     import torch
 
-    try:
-        if device is not None:
-            torch.device(device)
-    except RuntimeError as error:
-        raise UsageError("There is no such device.", expected="cpu, cuda, cuda:0, mps, ...", found=device) from error
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise UsageError("There is no such dtype.", expected="auto, float32, bfloat16, float16, ...", found=dtype)
-
-
-def emit(data: Mapping[str, Any], *, json_output: bool, text: str) -> None:
-    """Print a result on stdout, on the main process only where several run (`accelerate launch`)."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    print(json.dumps(_to_json(data), indent=2, allow_nan=False) if json_output else text.rstrip("\n"))
-    sys.stdout.flush()
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_to_json(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
-        return _to_json(value.item())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    here += ["mps"] if torch.backends.mps.is_available() else []
+    here += [f"xpu:{index}" for index in range(torch.xpu.device_count())]
+    if device is not None:
+        try:
+            wanted = torch.device(device)
+        except RuntimeError as error:
+            raise UsageError("There is no such device.", expected=", ".join(here), found=device) from error
+        # `cuda` alone means its first.
+        if not {str(wanted), wanted.type if wanted.index == 0 else f"{wanted}:0"} & set(here):
+            raise UsageError(
+                "This machine has no such device, or torch was installed without support for it.",
+                expected=", ".join(here),
+                found=device,
+            )
+    if dtype != "auto" and dtype not in FLOAT_DTYPES:
+        raise UsageError(
+            "There is no such dtype of weights.", expected=f"auto, {', '.join(FLOAT_DTYPES)}", found=dtype
+        )
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -353,38 +338,3 @@ def _format_cell(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-@contextlib.contextmanager
-def command_logging() -> Iterator[None]:
-    """Show this library's messages on stderr while a command runs.
-
-    transformers' `get_logger` gives us loggers outside its own tree, which its verbosity variable does not reach: the
-    level of `TRANSFORMERS_VERBOSITY` is set on ours too; without it a command tells its progress (level info).
-    """
-    from transformers.utils import logging as transformers_logging
-
-    logger = logging.getLogger("grad_transformer")
-    before = (logger.level, logger.propagate)
-    chosen = os.environ.get("TRANSFORMERS_VERBOSITY") in transformers_logging.log_levels
-    logger.setLevel(transformers_logging.get_verbosity() if chosen else logging.INFO)
-    logger.propagate = False
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_MessageFormatter())
-    logger.addHandler(handler)
-    try:
-        with warnings.catch_warnings():
-            # What peft, TRL and transformers warn each other of is not the user's to mend.
-            warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\.")
-            yield
-    finally:
-        logger.removeHandler(handler)
-        logger.level, logger.propagate = before[0], before[1]
-
-
-class _MessageFormatter(logging.Formatter):
-    """The plain message; its level before it from warnings upwards."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        message = super().format(record)
-        return message if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {message}"

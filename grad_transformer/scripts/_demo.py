@@ -25,6 +25,7 @@ from ..lab.inputs import NUM_DIGITS
 from ..modeling_grad_transformer import GradTransformer
 from ..refinement import RefinementArguments
 from ..shadow import FineTuneJob, build_delta_dataset, fine_tune_many, load_delta_dataset, plan_shadows, run_shadows
+from ..shadow.progress import RunBar
 from ..shadow.run import root_folder
 from ..tokenization_lora_delta import LoraDeltaTokenizer
 from ..training import GradTransformerTrainingArguments, MapperArguments
@@ -201,12 +202,12 @@ class Demo:
         model, tokenizer = load_base(target.root.base_model)
         jobs = [FineTuneJob(check_rows(client.train_rows), self.world.seed, client.id) for client in missing]
         recipe = FineTuningRecipe.from_dict(target.recipe)
-        with tqdm(total=len(missing), desc="clients' LLMs, as ceilings", unit="client") as bar:
-            results = fine_tune_many(model, tokenizer, target.root, jobs, recipe, on_progress=bar.set_postfix_str)
+        with RunBar("clients' LLMs, as ceilings", total=len(missing)) as bar:
+            results = fine_tune_many(model, tokenizer, target.root, jobs, recipe, on_progress=bar.at_work)
             for client, result in zip(missing, results, strict=True):
                 adapter = target.root.adapter.with_values(target.layout.flatten(result.tensors))
                 adapter.save_pretrained(self.client_folder(client) / "llm_finetuned")
-                bar.update()
+                bar.finish()
 
     def _refine(self, mapper: GradTransformer, cases: list[ClientCase]) -> dict[str, list[LoraAdapter]]:
         """The clients' adapters made in further ways, see [`refined_methods`]."""

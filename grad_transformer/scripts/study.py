@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..study.spec import StudySpec
+from ..wording import describe_bytes, describe_seconds
 from ._common import CommandParser, CommandResult, format_table
 
 
@@ -61,7 +62,17 @@ def main(args: StudyArguments, given: StudySpec) -> CommandResult:
     stages = in_order(stage for found in needed.values() for stage in found)
     if args.dry_run:
         costs = estimate(spec, stages, args.output_dir, gpu=args.gpu)
-        rows = [[cost.kind, cost.number, cost.finished, cost.hours, cost.disk_gib, cost.memory_gib] for cost in costs]
+        rows = [
+            [
+                cost.kind,
+                cost.number,
+                cost.finished,
+                describe_seconds(3600 * cost.hours),
+                describe_bytes(2**30 * cost.disk_gib),
+                describe_bytes(2**30 * cost.memory_gib),
+            ]
+            for cost in costs
+        ]
         listed = [[e.name, e.paper, len(in_order(needed[e.name]))] for e in experiments]
         total = sum(cost.hours for cost in costs)
         disk = sum(cost.disk_gib for cost in costs)
@@ -69,10 +80,11 @@ def main(args: StudyArguments, given: StudySpec) -> CommandResult:
         text = "\n\n".join(
             [
                 format_table(["experiment", "of the paper", "stages"], listed),
-                format_table(["stage", "number", "finished", "hours", "disk GiB", "memory GiB"], rows),
-                f"{len(stages)} stages, each once, for {len(spec.seeds)} seed(s): about {total:.3g} hours of one "
-                f"{'core' if args.gpu == 'cpu' else args.gpu}, {disk:.3g} GiB of disk, at most {memory:.3g} GiB of "
-                "memory. Nothing was run.",
+                format_table(["stage", "number", "finished", "time", "disk", "memory"], rows),
+                f"{len(stages)} stages, each once, for {len(spec.seeds)} seed(s): about "
+                f"{describe_seconds(3600 * total)} of one {'core' if args.gpu == 'cpu' else args.gpu}, "
+                f"{describe_bytes(2**30 * disk)} of disk,\nat most {describe_bytes(2**30 * memory)} of memory. "
+                "Nothing was run (--dry_run); without it, the same command starts.",
             ]
         )
         data = {

@@ -22,6 +22,7 @@ from ..adapters.io import read_json, write_json_atomic
 from ..constants import FORMAT_VERSION, PLAN_NAME, SOURCE_FOLDER, TARGET_FOLDER
 from ..errors import PlanError
 from ..finetuning import FineTuningRecipe
+from ..wording import describe_bytes
 
 
 logger = logging.get_logger(__name__)
@@ -124,7 +125,7 @@ class ShadowPlan:
             lines.append(
                 f"{name:<7}{side.root['base_model']}: {side.recipe.max_steps * len(self.runs):,} optimizer steps, "
                 f"{examples:,} rows read (at most {examples * side.recipe.max_length:,} tokens), "
-                f"{size / 2**20:,.1f} MiB of run files"
+                f"{describe_bytes(size)} of run files"
             )
         return "\n".join(lines)
 

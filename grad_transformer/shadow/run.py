@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import datasets
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -24,6 +23,7 @@ from .batches import FineTuneJob
 from .executors import ExecutorName, Group, make_workers, spread
 from .memory import choose_batch_size
 from .plan import ROLES, ShadowPlan
+from .progress import BatchProgress, RunBar
 from .records import missing_runs, read_run, write_run
 
 
@@ -156,18 +156,18 @@ def run_shadows(
             logger.info(f"All {len(plan.runs)} {role} runs are finished.")
             continue
         side = _load_side(plan, plan_dir, role, rows, dtype, device)
-        with tqdm(total=len(plan.runs), initial=len(plan.runs) - len(ids), desc=f"{role} runs", unit="run") as bar:
+        with RunBar(f"{role} runs", total=len(plan.runs), finished=len(plan.runs) - len(ids)) as bar:
             results = side.fine_tune(
                 ids,
                 engine=engine,
                 adapters_per_batch=adapters_per_batch,
                 gradient_checkpointing=gradient_checkpointing,
-                on_progress=bar.set_postfix_str,
+                on_progress=bar.at_work,
                 **sft_config,
             )
             for shadow_id, result in zip(ids, results, strict=True):
                 write_run(plan, plan_dir, role, shadow_id, result, engine=engine)
-                bar.update()
+                bar.finish()
     return {role: len(ids) for role, ids in missing.items()}
 
 
@@ -181,7 +181,7 @@ def fine_tune_many(
     engine: Engine = "batched",
     adapters_per_batch: int | Literal["auto"] = "auto",
     gradient_checkpointing: bool = False,
-    on_progress: Callable[[str], Any] | None = None,
+    on_progress: Callable[[BatchProgress], Any] | None = None,
     **sft_config: Any,
 ) -> Iterator[SftResult]:
     """Fine-tune one adapter for each job and yield the results in order, each as soon as it is there.
@@ -192,7 +192,7 @@ def fine_tune_many(
         jobs: the rows and seed of each.
         recipe ([`FineTuningRecipe`]).
         engine, adapters_per_batch, gradient_checkpointing, sft_config: see [`run_shadows`].
-        on_progress (`Callable[[str], Any]`, *optional*): gets a few words while a batch of adapters trains.
+        on_progress (`Callable[[BatchProgress], Any]`, *optional*): told while a batch of adapters trains.
     """
     _check_engine(engine, adapters_per_batch)
     if engine == "trl":
@@ -221,9 +221,11 @@ def fine_tune_many(
             found=", ".join(sft_config),
         )
 
+    batch: list[FineTuneJob] = []
+
     def progress(step: int, loss: torch.Tensor) -> None:
         if on_progress is not None and (step % 10 == 0 or step == recipe.max_steps):
-            on_progress(f"step {step}/{recipe.max_steps}, loss {float(loss):.3f}")
+            on_progress(BatchProgress(len(batch), step, recipe.max_steps, float(loss)))
 
     iterator = iter(jobs)
     tokens_per_pass = None

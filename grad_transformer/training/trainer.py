@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from transformers.utils import logging
 
@@ -24,6 +24,7 @@ from .arguments import MapperArguments
 from .backbone import backbone_or_config
 from .heldout import HeldoutMetrics, evaluate_heldout
 from .pairs import DeltaPairCollator, DeltaPairRows
+from .progress import TrainingProgress
 from .trainer_arguments import GradTransformerTrainingArguments
 
 
@@ -76,6 +77,9 @@ class GradTransformerTrainer(Trainer):
             callbacks=callbacks,
             **trainer_kwargs,
         )
+        self.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(TrainingProgress())
         self.heldout: HeldoutMetrics | None = None
         # Pairs and their ceiling, which no step of training changes.
         self._ceilings: list[tuple[DeltaPairRows, float | None]] = []
