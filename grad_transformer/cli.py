@@ -77,10 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(help_text(), file=sys.stderr)
             return 2
         if command in ("-h", "--help", "help"):
-            print(help_text())
+            print(help_text(), flush=True)
             return 0
         if command == "--version":
-            print(version_text())
+            print(version_text(), flush=True)
             return 0
         if command not in COMMAND_NAMES:
             raise _unknown_command(command)

@@ -9,6 +9,9 @@ import unicodedata
 
 MAX_VALUE_CHARACTERS = 400
 
+# tqdm's bar with what people ask of it: how far, since when, how long still.
+BAR_FORMAT = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}"
+
 # What a terminal of another encoding gets in place of characters that it lacks; `?` for all others.
 _PLAIN = {
     "²": "^2",

@@ -44,6 +44,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args, get_type_hints
@@ -160,6 +161,11 @@ class CommandParser(argparse.ArgumentParser):
         except ValueError as error:
             raise UsageError(str(error), path=path, remedy=f"see `{self.prog} --help`") from error
         return tuple(own), output
+
+    def print_help(self, file: Any = None) -> None:
+        super().print_help(file)
+        # Not only at exit: `cli.py` deals with a reader that has gone.
+        (file or sys.stdout).flush()
 
     def error(self, message: str) -> Any:
         """Called by argparse, which would print the usage and exit."""

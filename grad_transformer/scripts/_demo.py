@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..adapters import LoraAdapter, create_root
 from ..adapters.io import read_json, write_json_atomic, write_text_atomic
 from ..client import finetune_client
-from ..constants import ADAPTER_CONFIG_NAME, FORMAT_VERSION, HELDOUT_NAME, TRAINING_LOG_NAME
+from ..constants import ADAPTER_CONFIG_NAME, DEMO_NAME, FORMAT_VERSION, HELDOUT_NAME, TRAINING_LOG_NAME
 from ..errors import UsageError
 from ..evaluation.clients import ClientCase
 from ..evaluation.records import METHODS, Report
@@ -35,8 +35,20 @@ from .train import train
 
 logger = logging.get_logger(__name__)
 
-STATE_NAME = "demo.json"
 HELDOUT_FRACTION = 0.1
+
+# What is told at the start of each.
+STAGES = {
+    "base_models": "two small base models, pretrained here",
+    "plan": "shadow subsets of the public rows, and both roots",
+    "shadow_source": "shadow runs of the TinyLM",
+    "shadow_target": "shadow runs of the LLM",
+    "build": "pairs of deltas",
+    "train": "the mapper",
+    "clients": "clients' adapters, and their ceilings",
+    "refine": "refinement on public prompts",
+    "report": "scores beside all controls",
+}
 
 
 class Demo:
@@ -70,10 +82,12 @@ class Demo:
             cases = self._clients(mapper)
         with self._stage("refine"):
             methods = self._refine(mapper, cases)
+        logger.info(f"{len(STAGES)} of {len(STAGES)}: {STAGES['report']}")
         return self._report(mapper, cases, methods)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
+        logger.info(f"{list(STAGES).index(name) + 1} of {len(STAGES)}: {STAGES[name]}")
         started = time.perf_counter()
         yield
         # A stage that was interrupted, or found done, keeps the time that it took before.
@@ -82,7 +96,7 @@ class Demo:
 
     def _claim_folder(self) -> None:
         """Refuse a folder of another demo: its parts must not be mixed."""
-        path = self.folder / STATE_NAME
+        path = self.folder / DEMO_NAME
         mine = {"preset": self.world.preset.name, "seed": self.world.seed}
         if path.is_file():
             state = read_json(path)
@@ -100,7 +114,7 @@ class Demo:
 
     def _save_state(self) -> None:
         state = {"format_version": FORMAT_VERSION, "preset": self.world.preset.name, "seed": self.world.seed}
-        write_json_atomic(self.folder / STATE_NAME, {**state, "seconds": self.seconds})
+        write_json_atomic(self.folder / DEMO_NAME, {**state, "seconds": self.seconds})
 
     def _base_models(self) -> tuple[Path, ...]:
         return pretrain_base_models(self.world, self.folder / "base_models")

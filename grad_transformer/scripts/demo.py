@@ -46,6 +46,7 @@ def main(args: DemoArguments) -> CommandResult:
         f"{summary_table(report)}\n\n"
         f"Report and pictures: {demo.folder / 'report.md'}\n"
         f"LLM adapters:        {demo.folder / 'clients'}/*/refined and .../generated\n"
-        f"                     for plain peft on {demo.folder}/base_models/llm"
+        f"                     for plain peft on {demo.folder}/base_models/llm\n"
+        f"Next: open the report, or look at a part of it: grad-transformer inspect {demo.folder / 'mapper'}"
     )
     return CommandResult(report.to_dict(), text)

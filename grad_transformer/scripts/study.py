@@ -2,9 +2,10 @@
 
     grad-transformer study --output_dir study --dry_run
     grad-transformer study --output_dir study --seeds 0 --experiments single_client privacy
-    grad-transformer study --config examples/paper/single_client.yaml --output_dir paper
+    grad-transformer study --config examples/paper/gsm8k.yaml --output_dir paper
 
-Without a config it is the lab's study, of small models made on the spot. It ends in study.json, study.md and pictures.
+Without a config it is the lab's study, of small models made on the spot; the paper's are in examples/paper of this
+library's source. It ends in study.json, study.md and pictures.
 Interrupted, the same command goes on; another study in the same folder shares the stages that both need.
 """
 

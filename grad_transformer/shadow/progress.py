@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
+from ..wording import BAR_FORMAT
+
 
 class BatchProgress(NamedTuple):
     """How far a batch of adapters has come: `step` of `num_steps`, all of its `num_runs` at once."""
@@ -31,7 +33,7 @@ class RunBar:
             total=total,
             initial=finished,
             desc=description,
-            bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}",
+            bar_format=BAR_FORMAT,
         )
         self._show(finished)
 

@@ -61,7 +61,7 @@ class MapperArguments:
 class TrainingOptions:
     """Where training departs from transformers' `TrainingArguments`, and what most trainings set of them."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "Folder for mapper and checkpoints. Required."})
+    output_dir: str = field(metadata={"help": "Folder for mapper and checkpoints."})
     max_steps: int = field(default=-1, metadata={"help": "Optimizer steps, in place of num_train_epochs; -1: epochs."})
     seed: int = field(default=42, metadata={"help": "Seed of weights and data order."})
     bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16, on devices that have it."})

@@ -7,6 +7,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..wording import BAR_FORMAT
+
 
 class TrainingProgress(ProgressCallback):
     """transformers' bar with the last loss and validation R² behind it."""
@@ -25,7 +27,7 @@ class TrainingProgress(ProgressCallback):
                 initial=state.global_step,
                 desc="mapper",
                 dynamic_ncols=True,
-                bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left{postfix}",
+                bar_format=BAR_FORMAT,
             )
 
     def on_prediction_step(
