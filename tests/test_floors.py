@@ -15,8 +15,10 @@ PACKAGE = Path(__file__).parents[1] / "grad_transformer"
 # modules that lie directly in the package are one folder. `__init__` is the public interface: it sees floors 0 to 4.
 FLOORS = {
     "constants": 0,
+    "documents": 0,
     "errors": 0,
     "files": 0,
+    "schemas": 0,
     "version": 0,
     "hub": 1,
     "adapters": 2,
