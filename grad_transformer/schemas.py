@@ -256,8 +256,8 @@ class ShiftRecord(TypedDict):
     """`shift.json`."""
 
     format_version: Positive
-    num_shadows: NotRequired[Positive]
-    num_heldout: NotRequired[Positive]
+    num_shadows: Positive
+    num_heldout: Positive
 
 
 @_open

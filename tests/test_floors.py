@@ -27,6 +27,7 @@ FLOORS = {
     "modeling_blocks": 3,
     "modeling_decoding": 3,
     "modeling_files": 3,
+    "modeling_weights": 3,
     "modeling_grad_transformer": 3,
     "finetuning": 3,
     "shadow": 4,

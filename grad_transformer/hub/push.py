@@ -10,12 +10,12 @@ from transformers.utils import logging
 
 from ..constants import CARD_NAME, ORIGIN_NAME, REPORT_FOLDER, REPORT_NAME
 from ..errors import IncompleteArtifactError, UsageError
-from ..files import atomic_write, read_json, write_json_atomic
+from ..files import atomic_write, write_json_atomic
 from .cards import card_files
 from .kinds import KINDS, RepoKind, files_of, find_kind
 from .public import public_files
 from .repos import Published, publish
-from .revisions import fetch, split_revision
+from .revisions import fetch, read_origin, split_revision
 
 
 logger = logging.get_logger(__name__)
@@ -136,8 +136,8 @@ def pull_folder(
         )
     output = Path(output_dir)
     if output.is_dir() and any(output.iterdir()):
-        known = read_json(output / ORIGIN_NAME) if (output / ORIGIN_NAME).is_file() else {}
-        if known.get("repo_id") != fetched.origin.repo_id:
+        known = read_origin(output)
+        if known is None or known.repo_id != fetched.origin.repo_id:
             raise UsageError("The folder holds something else.", path=output, expected="a new folder")
         (output / ORIGIN_NAME).unlink()
     names = [path.relative_to(fetched.folder) for path in sorted(fetched.folder.rglob("*")) if path.is_file()]
