@@ -11,6 +11,20 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import NotRequired, TypedDict
 
+from .constants import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_METADATA_NAME,
+    DELTA_DATASET_NAME,
+    HELDOUT_NAME,
+    ORIGIN_NAME,
+    PLAN_NAME,
+    REPORT_NAME,
+    ROOT_NAME,
+    SHIFT_NAME,
+    TOKENIZER_NAME,
+    TRAINING_LOG_NAME,
+)
+
 
 _open = with_config(ConfigDict(extra="allow"))
 _closed = with_config(ConfigDict(extra="forbid"))
@@ -286,6 +300,30 @@ class WeightIndexRecord(TypedDict):
     weight_map: dict[str, Annotated[str, Field(pattern=r"^model-\d{5}-of-\d{5}\.safetensors$")]]
 
 
+@_open
+class ReportClientRecord(TypedDict):
+    """What a card says of one client of a report."""
+
+    id: Name
+    kind: Name
+    tinylm: Number
+    llm_base: Number
+    generated: Number
+    llm_finetuned: NotRequired[Number | None]
+    controls: NotRequired[dict[str, Number | None]]
+    pgr: NotRequired[Number | None]
+    gap_too_small: NotRequired[bool]
+
+
+@_open
+class ReportRecord(TypedDict):
+    """What a card says of `report.json`; the whole of it is read by `evaluation.Report`."""
+
+    format_version: Positive
+    heldout: HeldoutRecord
+    clients: list[ReportClientRecord]
+
+
 # The client's checkpoints, the lab, the demo and studies
 
 
@@ -355,3 +393,21 @@ class ClientEntry(TypedDict):
 
 ClientList = Annotated[list[ClientEntry], Field(min_length=1, max_length=10_000)]
 CommandConfig = dict[str, Any]
+
+
+# What lies in repositories, by file name: everything that a push reads or a card is made from.
+FILES: dict[str, Any] = {
+    ADAPTER_CONFIG_NAME: AdapterConfigRecord,
+    ADAPTER_METADATA_NAME: AdapterMetadataRecord,
+    ROOT_NAME: RootRecord,
+    TOKENIZER_NAME: TokenizerRecord,
+    PLAN_NAME: PlanRecord,
+    DELTA_DATASET_NAME: DeltaDatasetRecord,
+    "config.json": ModelConfigRecord,
+    "model.safetensors.index.json": WeightIndexRecord,
+    REPORT_NAME: ReportRecord,
+    HELDOUT_NAME: HeldoutRecord,
+    TRAINING_LOG_NAME: TrainingLogRecord,
+    SHIFT_NAME: ShiftRecord,
+    ORIGIN_NAME: OriginRecord,
+}

@@ -10,7 +10,8 @@ from transformers.utils import logging
 
 from ..constants import CARD_NAME, ORIGIN_NAME, REPORT_FOLDER, REPORT_NAME
 from ..errors import IncompleteArtifactError, UsageError
-from ..files import atomic_write, write_json_atomic
+from ..files import atomic_write, read_record, write_json_atomic
+from ..schemas import ReportRecord
 from .cards import card_files
 from .kinds import KINDS, RepoKind, files_of, find_kind
 from .public import public_files
@@ -153,6 +154,6 @@ def pull_folder(
 def _report_files(report_dir: Path, kind: RepoKind) -> dict[str, Path]:
     if kind.name != "mapper":
         raise UsageError("Only a mapper is published with a report.", path=report_dir, found=kind.name)
-    read_json(report_dir / REPORT_NAME)
+    read_record(report_dir / REPORT_NAME, ReportRecord)
     paths = [report_dir / REPORT_NAME, *sorted(report_dir.glob("*.png"))]
     return {f"{REPORT_FOLDER}/{path.name}": path for path in paths}

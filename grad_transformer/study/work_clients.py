@@ -28,8 +28,8 @@ from ..refinement import (
     refine,
 )
 from ..refinement.candidates import MINIMUM_TASKS
-from ..shadow import FineTuneJob, fine_tune_many
 from ..schemas import LabelsRecord
+from ..shadow import FineTuneJob, fine_tune_many
 from ..tokenization_lora_delta import LoraDeltaTokenizer
 from .partition import reverse_blocks
 from .stages import Stage
