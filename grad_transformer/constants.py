@@ -1,6 +1,6 @@
-"""File names and the format version of everything that is written."""
+"""File names and the format version of everything that is written, and the names of rules that files record."""
 
-from typing import Final
+from typing import Final, Literal, get_args
 
 
 FORMAT_VERSION = 1
@@ -31,3 +31,18 @@ CARD_NAME = "README.md"
 REPORT_FOLDER = "report"
 # Beside a copy of a repository: which one, which version, which commit.
 ORIGIN_NAME = "hub_origin.json"
+
+# How several deltas become one.
+Aggregation = Literal[
+    "mean",
+    "sum",
+    "weighted",
+    "exact_mean",
+    "norm_clipping",
+    "median",
+    "trimmed_mean",
+    "krum",
+    "multi_krum",
+    "fltrust",
+]
+AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)

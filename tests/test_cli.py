@@ -102,7 +102,7 @@ def test_help_of_a_command_teaches(command: str, run_cli: Any) -> None:
 
 @pytest.mark.parametrize("command", SCRIPTS)
 def test_every_argument_has_a_help_text(command: str) -> None:
-    parser = importlib.import_module(f"grad_transformer.scripts.{command}").make_parser()
+    parser = importlib.import_module(f"grad_transformer.scripts.{command}").make_parser().whole()
     assert [action.dest for action in parser._actions if not action.help and not _is_negation(action)] == []
 
 
@@ -127,7 +127,7 @@ def _describe(action: argparse.Action) -> dict[str, Any]:
 def test_flags_are_the_frozen_ones() -> None:
     found: dict[str, dict[str, Any]] = {}
     for command in SCRIPTS:
-        parser = importlib.import_module(f"grad_transformer.scripts.{command}").make_parser()
+        parser = importlib.import_module(f"grad_transformer.scripts.{command}").make_parser().whole()
         actions = [action for action in parser._actions if action.dest != "help" and not _is_negation(action)]
         found[command] = {(action.option_strings or [action.dest])[0]: _describe(action) for action in actions}
     found = json.loads(json.dumps(found, default=str))

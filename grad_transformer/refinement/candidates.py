@@ -13,10 +13,9 @@ from ..evaluation.controls import ShadowPredictor, fit_controls
 from ..evaluation.reduced_rank import ReducedRankRegression
 from ..modeling_grad_transformer import GradTransformer
 from ..shadow import DeltaDataset
+from .arguments import CANDIDATES
 
 
-# Ties go to the first.
-CANDIDATES = ("mapper", "nearest_shadow", "ridge", "reduced_rank")
 # Of fewer tasks none can be left out.
 MINIMUM_TASKS = 3
 

@@ -32,8 +32,8 @@ def main(args: AverageArguments) -> CommandResult:
 
 - The dataclass is the only list of flags: the YAML of `--config` has the same names, and `--json` and `--config` are
   added to every command. A field with `"positional": True` in its metadata is given without a flag.
-- `make_parser` may take several dataclasses, for instance one that extends `TrainingArguments`; `main` gets an
-  instance of each, in that order.
+- `make_parser` may take several dataclasses; `main` gets an instance of each, in that order. Where one extends a class
+  whose import takes seconds (`TrainingArguments`), `everything` gives the whole list when arguments are parsed.
 - `main` prints nothing and calls no `sys.exit`. It returns facts for machines (`--json`) and text for people, logs
   its progress through `transformers.utils.logging.get_logger(__name__)` (level info is shown), and raises a
   `GradTransformerError` where the user can mend something. `cli.py` turns these into stdout, stderr and exit codes.
@@ -52,14 +52,14 @@ import os
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import yaml
-from trl.scripts.utils import TrlParser
 
 from ..errors import GradTransformerError, UsageError
+from ._fields import add_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,27 +86,48 @@ class CommandResult:
     text: str
 
 
-class CommandParser(TrlParser):
-    """TRL's parser with the checks that YAML needs, and with errors that are raised, not printed.
+class CommandParser(argparse.ArgumentParser):
+    """Arguments from dataclasses, as flags and from the YAML of `--config`; errors are raised, not printed.
 
     Args:
         *argument_types (`type`): dataclasses whose fields are the command's arguments.
         command (`str`): name of the command.
         description (`str`, *optional*): docstring of the script.
+        everything (`Callable`, *optional*): gives the dataclasses with arguments that only `--help_all` shows; they
+            are loaded when arguments are parsed.
     """
 
-    def __init__(self, *argument_types: type, command: str, description: str | None = None):
+    def __init__(
+        self,
+        *argument_types: type,
+        command: str,
+        description: str | None = None,
+        everything: Callable[[], tuple[type, ...]] | None = None,
+    ):
         super().__init__(
-            dataclass_types=[*argument_types, OutputArguments],
             prog=f"grad-transformer {command}",
             description=textwrap.dedent(description or "").strip(),
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
+        self._command, self._everything = command, everything
+        self.dataclass_types = [*argument_types, OutputArguments]
+        for argument_type in self.dataclass_types:
+            add_fields(self, argument_type)
         group = next(group for group in self._action_groups if group.title == OutputArguments._argument_group_name)
         group.add_argument(
             "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file of arguments; flags override it."
         )
+        if everything is not None:
+            group.add_argument(
+                "--help_all", "--help-all", action="store_true", default=argparse.SUPPRESS, help=_HELP_ALL
+            )
+
+    def whole(self) -> CommandParser:
+        """The parser of all arguments, also of those that `--help` leaves out."""
+        if self._everything is None:
+            return self
+        return CommandParser(*self._everything(), command=self._command, description=self.description)
 
     def parse_command(self, argv: Sequence[str]) -> tuple[tuple[Any, ...], OutputArguments]:
         """Parse flags and the YAML of `--config`.
@@ -118,9 +139,18 @@ class CommandParser(TrlParser):
             [`UsageError`]: a flag or key that does not exist, a value of the wrong type, a required argument that is
                 missing, or a config file that cannot be read or is not a mapping.
         """
+        if self._everything is not None:
+            if {"--help_all", "--help-all"} & set(argv):
+                return self.whole().parse_command(["--help"])
+            if not {"--help", "-h"} & set(argv):
+                return self.whole().parse_command(argv)
         arguments, path = _join_config_flag(argv)
         try:
-            *own, output = self.parse_args_and_config(arguments)
+            if path is not None:
+                position = arguments.index("--config")
+                del arguments[position : position + 2]
+                self._take_defaults_from(path)
+            *own, output = self._parse_flags(arguments)
         except GradTransformerError as error:
             if path is not None and error.path is None and isinstance(error, _ConfigValueError):
                 raise UsageError(
@@ -143,23 +173,8 @@ class CommandParser(TrlParser):
         """Called by argparse, which would print the usage and exit."""
         raise UsageError(f"{message[:1].upper()}{message[1:]}.", remedy=f"see `{self.prog} --help`")
 
-    # Steps of TRL's and transformers' own parsing
-
-    @staticmethod
-    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
-        if field.metadata.get("positional"):
-            optional: dict[str, Any] = {}
-            if field.default is not dataclasses.MISSING:
-                optional = {"nargs": "?", "default": field.default}
-            parser.add_argument(field.name, type=field.type, help=field.metadata.get("help"), **optional)
-        else:
-            TrlParser._parse_dataclass_field(parser, field)
-
-    def parse_args_into_dataclasses(self, args: Sequence[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
-        # Never the `.args` file beside the program that transformers would look for.
-        *instances, unknown = super().parse_args_into_dataclasses(
-            args=args, return_remaining_strings=True, look_for_args_file=False
-        )
+    def _parse_flags(self, arguments: Sequence[str]) -> list[Any]:
+        namespace, unknown = self.parse_known_args(arguments)
         if unknown:
             flags = [option for action in self._actions for option in action.option_strings]
             raise UsageError(
@@ -167,12 +182,22 @@ class CommandParser(TrlParser):
                 found=" ".join(unknown),
                 remedy=self._did_you_mean(unknown[0].partition("=")[0], flags),
             )
-        return tuple(instances)
+        return [
+            kind(**{field.name: getattr(namespace, field.name) for field in dataclasses.fields(kind) if field.init})
+            for kind in self.dataclass_types
+        ]
 
-    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+    def _take_defaults_from(self, path: str) -> None:
+        with open(path, encoding="utf-8") as file:
+            config = yaml.safe_load(file)
+        if not isinstance(config, dict):
+            raise _ConfigValueError(
+                "The config file must contain a YAML mapping.",
+                expected="lines such as `output_dir: here`",
+                found="an empty file" if config is None else type(config).__name__,
+            )
         actions = {action.dest: action for action in reversed(self._actions) if action.dest not in ("help", "config")}
-        values = {}
-        for key, value in kwargs.items():
+        for key, value in config.items():
             if key not in actions:
                 raise _ConfigValueError(
                     f"Unknown key `{key}` in the config file.",
@@ -180,8 +205,10 @@ class CommandParser(TrlParser):
                     found=key,
                     remedy=self._did_you_mean(str(key), list(actions)),
                 )
-            values[key] = self._config_value(actions[key], value)
-        return super().set_defaults_with_config(**values)
+            converted = self._config_value(actions[key], value)
+            for action in self._actions:
+                if action.dest == key:
+                    action.default, action.required = converted, False
 
     def _config_value(self, action: argparse.Action, value: Any) -> Any:
         """A value from YAML, checked and converted as the same text on the command line would be."""
@@ -231,6 +258,9 @@ class CommandParser(TrlParser):
         return f"did you mean {close[0]}? see `{self.prog} --help`" if close else f"see `{self.prog} --help`"
 
 
+_HELP_ALL = "Show all arguments, also those of transformers' TrainingArguments."
+
+
 class _ConfigValueError(UsageError):
     """Raised while a YAML mapping is read; the caller adds the file's path."""
 
@@ -249,7 +279,7 @@ def _is_kind(hint: Any, kind: type) -> bool:
 
 
 def _join_config_flag(argv: Sequence[str]) -> tuple[list[str], str | None]:
-    """TRL takes `--config FILE` only, so `--config=FILE` is rewritten. Returns the path too."""
+    """The arguments with `--config=FILE` as two words, and the path of the file."""
     arguments: list[str] = []
     for argument in argv:
         name, equals, path = argument.partition("=")

@@ -22,25 +22,23 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ..adapters import LoraAdapter
-from ..adapters.statistics import block_cosine_and_norm, delta_reproducibility
 from ..errors import UsageError
-from ..evaluation.clients import AdapterScorer, ClientCase, evaluate_clients, score_heldout
-from ..evaluation.controls import fit_controls
-from ..evaluation.records import Report
-from ..evaluation.report import build_report, summary_table, write_report
-from ..evaluation.scoring import Rows
-from ..finetuning import attach_root, load_base, load_rows
-from ..modeling_grad_transformer import GradTransformer
-from ..refinement import RefinementArguments, fit_candidates, refine_clients, refinement_metadata, shadow_annotators
-from ..shadow import DeltaDataset, load_delta_dataset
-from ..training import evaluate_heldout
 from ._common import CommandParser, CommandResult, check_device
 from ._refinement import RefinementFlags
+
+
+if TYPE_CHECKING:
+    from ..adapters import LoraAdapter
+    from ..evaluation.clients import AdapterScorer, ClientCase
+    from ..evaluation.records import Report
+    from ..evaluation.scoring import Rows
+    from ..modeling_grad_transformer import GradTransformer
+    from ..refinement import RefinementArguments
+    from ..shadow import DeltaDataset
 
 
 _REQUIRED, _OPTIONAL = {"id", "adapter", "test_data"}, {"llm_adapter", "kind", "task"}
@@ -67,6 +65,11 @@ def make_parser() -> CommandParser:
 
 
 def main(args: EvaluateArguments, refinement: RefinementFlags) -> CommandResult:
+    from ..evaluation.report import summary_table
+    from ..finetuning import load_rows
+    from ..modeling_grad_transformer import GradTransformer
+    from ..shadow import load_delta_dataset
+
     check_device(args.device, args.dtype)
     entries = read_clients(args.clients)
     mapper = GradTransformer.from_pretrained(args.mapper)
@@ -137,6 +140,9 @@ def make_scorer(
     device: str | None = None,
 ) -> AdapterScorer:
     """One of the mapper's two base models, with its root attached, ready to score adapters."""
+    from ..evaluation.clients import AdapterScorer
+    from ..finetuning import attach_root, load_base
+
     root = mapper.tokenizers()[role == "target"].root
     model, tokenizer = load_base(
         base_model or root.base_model, revision=None if base_model else root.base_revision, dtype=dtype, device=device
@@ -163,6 +169,12 @@ def make_report(
     `wall_seconds` holds the stages before; this one is added as `evaluate`. `methods` holds adapters that were made in
     other ways, see [`evaluate_clients`]. Returns the generated adapters too.
     """
+    from ..adapters.statistics import block_cosine_and_norm, delta_reproducibility
+    from ..evaluation.clients import evaluate_clients, score_heldout
+    from ..evaluation.controls import fit_controls
+    from ..evaluation.report import build_report, write_report
+    from ..training import evaluate_heldout
+
     started = time.perf_counter()
     train, test = deltas.pairs("train"), deltas.pairs("test")
     validation = deltas.pairs("validation") if "validation" in deltas.splits else test
@@ -214,6 +226,8 @@ def refined_methods(
     **models: str | None,
 ) -> dict[str, list[LoraAdapter]]:
     """The clients' adapters by [`METHODS`]: best candidate, refined, and the baseline without a mapper."""
+    from ..refinement import fit_candidates, refine_clients, refinement_metadata, shadow_annotators
+
     refined, baseline = refine_clients(
         mapper,
         fit_candidates(deltas),
@@ -236,6 +250,10 @@ def refined_methods(
 
 
 def _case(entry: Mapping[str, Any], mapper: GradTransformer) -> ClientCase:
+    from ..adapters import LoraAdapter
+    from ..evaluation.clients import ClientCase
+    from ..finetuning import load_rows
+
     source, target = mapper.tokenizers()
     task = str(entry.get("task") or "")
     ceiling = entry.get("llm_adapter")

@@ -29,12 +29,11 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..adapters.aggregation import AGGREGATIONS
+from ..constants import AGGREGATIONS, SHIFT_NAME
 from ..errors import UsageError
-from ..evaluation.shift import SHIFT_NAME, load_shift_reference
-from ..refinement import CANDIDATES
+from ..refinement.arguments import CANDIDATES
 from ._common import CommandParser, CommandResult, check_device
-from ._refinement import Prediction, RefinementFlags, describe_refinement
+from ._refinement import RefinementFlags, describe_refinement
 
 
 if TYPE_CHECKING:
@@ -118,6 +117,7 @@ def main(args: GenerateArguments, refinement: RefinementFlags) -> CommandResult:
 
     from ..adapters.privacy import STATEMENT_KEY
     from ..modeling_grad_transformer import GradTransformer
+    from ._prediction import Prediction
 
     check_device(args.device, args.dtype)
     mapper = GradTransformer.from_pretrained(args.mapper, revision=args.mapper_revision, dtype=args.dtype)
@@ -186,6 +186,8 @@ def measure_shifts(args: GenerateArguments, deltas_CP: torch.Tensor) -> list[Shi
     Raises:
         [`UsageError`]: farther than `--max_shift`, or `--max_shift` with a mapper that says nothing.
     """
+    from ..evaluation.shift import load_shift_reference
+
     reference = load_shift_reference(args.mapper, revision=args.mapper_revision)
     if reference is None:
         if args.max_shift is not None:

@@ -5,25 +5,24 @@
     grad-transformer train --dataset deltas --output_dir mapper --d_model 128 --max_steps 600 --learning_rate 1e-3
     accelerate launch -m grad_transformer.cli train --config train.yaml
 
-Also takes every argument of transformers' TrainingArguments. The first number of the result is the held-out R² around
-the mean shadow: at or below 0 the mapper ignores its input. Interrupted, it goes on from its last checkpoint.
+Also takes every argument of transformers' TrainingArguments; --help_all lists them. The first number of the result is
+the held-out R² around the mean shadow: at or below 0 the mapper ignores its input. Interrupted, it goes on from its
+last checkpoint.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..adapters.io import write_json_atomic
 from ..constants import HELDOUT_NAME, TRAINING_LOG_NAME
-from ..evaluation.clients import score_heldout
-from ..evaluation.controls import fit_controls
-from ..evaluation.shift import MINIMUM_SHADOWS, ShiftReference
-from ..shadow import load_delta_dataset
-from ..training import build_mapper, train_mapper
-from ..training.arguments import GradTransformerTrainingArguments, MapperArguments
+from ..training.arguments import MapperArguments, TrainingOptions
 from ._common import CommandParser, CommandResult, format_table
+
+
+if TYPE_CHECKING:
+    from ..training import GradTransformerTrainingArguments
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,20 @@ class TrainArguments:
 
 def make_parser() -> CommandParser:
     return CommandParser(
-        TrainArguments, MapperArguments, GradTransformerTrainingArguments, command="train", description=__doc__
+        TrainArguments,
+        MapperArguments,
+        TrainingOptions,
+        command="train",
+        description=__doc__,
+        everything=all_argument_types,
     )
+
+
+def all_argument_types() -> tuple[type, ...]:
+    """With transformers' own, whose import takes seconds."""
+    from ..training import GradTransformerTrainingArguments
+
+    return TrainArguments, MapperArguments, GradTransformerTrainingArguments
 
 
 def main(
@@ -58,6 +69,13 @@ def train(
     dataset_dir: str | Path, mapper_args: MapperArguments, training_args: GradTransformerTrainingArguments
 ) -> dict[str, Any]:
     """Train on a delta dataset; writes the mapper, its held-out figures and its training log."""
+    from ..adapters.io import write_json_atomic
+    from ..evaluation.clients import score_heldout
+    from ..evaluation.controls import fit_controls
+    from ..evaluation.shift import MINIMUM_SHADOWS, ShiftReference
+    from ..shadow import load_delta_dataset
+    from ..training import build_mapper, train_mapper
+
     deltas = load_delta_dataset(dataset_dir)
     recipes = deltas.manifest["recipes"]
     model = build_mapper(

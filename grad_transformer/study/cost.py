@@ -23,9 +23,10 @@ from ..evaluation.tasks import TASKS
 from ..finetuning import FineTuningRecipe
 from ..refinement import RefinementArguments
 from ..refinement.annotators import MOST_TOGETHER
-from ..refinement.candidates import CANDIDATES
+from ..refinement.arguments import CANDIDATES
 from ..shadow.estimate import DEFAULT_MFU, DEVICES
 from ..training import MapperArguments
+from ..training.backbone import backbone_or_config
 from .builders import lab_model
 from .spec import StudySpec
 from .stages import Stage
@@ -160,8 +161,8 @@ def _cost(stage: Stage, sizes: _Sizes, peak: float, bandwidth: float) -> tuple[f
 def _mapper_cost(stage: Stage, sizes: _Sizes, speed: float) -> tuple[float, float, float]:
     source, target = (sizes.of(_needed_base(stage.inputs[side])) for side in ("source", "target"))
     arguments = MapperArguments(**stage.params["mapper"])
-    backbone = sizes.backbone_parameters(arguments.backbone or arguments.backbone_or_config())
-    width = sizes.backbone_width(arguments.backbone or arguments.backbone_or_config())
+    backbone = sizes.backbone_parameters(backbone_or_config(arguments))
+    width = sizes.backbone_width(backbone_or_config(arguments))
     # phi of the TinyLM, phi and psi of the LLM: blocks to hidden states and back.
     parameters = backbone + width * (source.adapter // source.layers + 2 * target.adapter // target.layers)
     shadows, training = stage.inputs["source"].params, stage.params["training"]

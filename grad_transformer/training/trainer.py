@@ -20,9 +20,11 @@ from ..adapters.statistics import task_mean_ceiling
 from ..errors import DeltaDatasetError
 from ..modeling_grad_transformer import GradTransformer
 from ..tokenization_lora_delta import LoraDeltaTokenizer
-from .arguments import GradTransformerTrainingArguments, MapperArguments
+from .arguments import MapperArguments
+from .backbone import backbone_or_config
 from .heldout import HeldoutMetrics, evaluate_heldout
 from .pairs import DeltaPairCollator, DeltaPairRows
+from .trainer_arguments import GradTransformerTrainingArguments
 
 
 logger = logging.get_logger(__name__)
@@ -176,7 +178,7 @@ def build_mapper(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GradTransformer.from_backbone(
-            arguments.backbone_or_config(),
+            backbone_or_config(arguments),
             tokenizers["source"],
             tokenizers["target"],
             decoding=arguments.decoding,
