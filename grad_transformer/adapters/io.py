@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import AdapterFormatError, GradTransformerError, IncompleteArtifactError
-from ..files import atomic_write, check_size, read_record, write_json_atomic, write_text_atomic
+from ..files import atomic_write, check_size, read_json, read_record, write_json_atomic, write_text_atomic
 from ..hub import resolve_folder
 from .header import HeaderError, TensorInfo, parse_header
 
@@ -21,6 +21,7 @@ __all__ = [
     "load_tensors",
     "member",
     "read_header",
+    "read_json",
     "read_record",
     "read_tensors",
     "resolve_folder",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,10 +259,10 @@ def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
         return str(getattr(value, "value", value))
     if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
         return int(value)
-    if kind == "float" and isinstance(value, int | float) and not isinstance(value, bool):
-        # An integer of Python may be larger than any float.
-        if abs(value) < 2**63 or (isinstance(value, float) and math.isfinite(value)):
-            return float(value)
+    # An integer of Python may be larger than any float.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == "float" and is_number and abs(value) <= sys.float_info.max:
+        return float(value)
     raise RecipeError(
         f"`{field.name}` of the fine-tuning recipe has the wrong type.",
         expected=f"a finite {field.type}" if kind == "float" else field.type,
