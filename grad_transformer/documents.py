@@ -59,6 +59,11 @@ def source_text(value: Any) -> str:
     return str(getattr(value, "source", value))
 
 
+def as_written(value: Any) -> Any:
+    """A number of YAML as text, where text is asked for; anything else as it is."""
+    return getattr(value, "source", value)
+
+
 def parse_json(content: bytes | str, *, max_nodes: int = MAX_NODES) -> Any:
     """JSON text as plain data: a name twice in one object, NaN and Infinity are refused.
 

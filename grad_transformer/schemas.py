@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, with_config
+from pydantic import BeforeValidator, ConfigDict, Field, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from .constants import (
@@ -24,6 +24,7 @@ from .constants import (
     TOKENIZER_NAME,
     TRAINING_LOG_NAME,
 )
+from .documents import as_written
 
 
 _open = with_config(ConfigDict(extra="allow"))
@@ -31,6 +32,8 @@ _closed = with_config(ConfigDict(extra="forbid"))
 
 # Longer than any name, id or path; sentences are longer.
 Name = Annotated[str, Field(max_length=4096)]
+# In YAML: `id: 007` is a name.
+Written = Annotated[str, Field(min_length=1, max_length=4096), BeforeValidator(as_written)]
 Digest = Annotated[str, Field(max_length=128)]
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 RepoId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.\-]{0,95}(/[\w.\-]{1,96})?$")]
@@ -383,12 +386,12 @@ class WeakLabelsRecord(TypedDict):
 class ClientEntry(TypedDict):
     """A client in the list that `evaluate` reads."""
 
-    id: Annotated[str, Field(min_length=1, max_length=200)]
-    adapter: Annotated[str, Field(min_length=1, max_length=4096)]
-    test_data: Annotated[str, Field(min_length=1, max_length=4096)]
-    llm_adapter: NotRequired[Name | None]
+    id: Written
+    adapter: Written
+    test_data: Written
+    llm_adapter: NotRequired[Written | None]
     kind: NotRequired[Literal["seen", "mixture", "unseen", "other"] | None]
-    task: NotRequired[Annotated[str, Field(max_length=200)] | None]
+    task: NotRequired[Written | None]
 
 
 ClientList = Annotated[list[ClientEntry], Field(min_length=1, max_length=10_000)]

@@ -66,12 +66,13 @@ def make_parser() -> CommandParser:
 
 def main(args: InspectArguments) -> CommandResult:
     from ..adapters import LoraAdapter, Root
-    from ..adapters.io import read_json, resolve_folder
+    from ..adapters.io import read_record, resolve_folder
+    from ..schemas import FILES
 
     wanted = (*MANIFESTS, ADAPTER_WEIGHTS_NAME, ADAPTER_METADATA_NAME)
     folder = resolve_folder(args.path, allow_patterns=wanted, revision=args.revision)
     kind, manifest_name = find_kind(folder)
-    manifest = read_json(folder / manifest_name) if manifest_name else {}
+    manifest = read_record(folder / manifest_name, FILES[manifest_name]) if manifest_name else {}
     if kind == "mapper" and manifest.get("model_type") != MODEL_TYPE:
         raise IncompleteArtifactError(
             "The folder holds a model that is not a mapper.",

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, with_config
 from typing_extensions import NotRequired, TypedDict
 
-from ..documents import source_text
+from ..documents import as_written
 from ..errors import UsageError
 from ..files import check_record
 from ..finetuning import FineTuningRecipe
@@ -22,11 +22,7 @@ _closed = with_config(ConfigDict(extra="forbid"))
 _open = with_config(ConfigDict(extra="allow"))
 
 # What YAML takes for a number may be a name: `1.10` is a revision, as it was written.
-Text = Annotated[
-    str,
-    Field(max_length=4096),
-    BeforeValidator(lambda value: source_text(value) if hasattr(value, "source") else value),
-]
+Text = Annotated[str, Field(max_length=4096), BeforeValidator(as_written)]
 Rows = Annotated[int, Field(ge=1, le=10_000_000)]
 Runs = Annotated[int, Field(ge=1, le=100_000)]
 Checkpoints = Annotated[int, Field(ge=1, le=1_000)]

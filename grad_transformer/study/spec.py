@@ -136,9 +136,8 @@ class StudySpec:
         for role, chosen, known in (("tinylm", spec.tinylm, spec.tinylms), ("llm", spec.llm, spec.llms)):
             if chosen not in known:
                 raise UsageError(f"The study has no such {role}.", expected=", ".join(known), found=chosen)
-        if spec.world == "text":
-            if not spec.tasks:
-                raise UsageError("A text study needs tasks.", expected="tasks: [gsm8k, ...]", found="none")
+        if spec.world == "text" and not spec.tasks:
+            raise UsageError("A text study needs tasks.", expected="tasks: [gsm8k, ...]", found="none")
         unknown = set(spec.experiments) - {"all", *known_experiments}
         if unknown:
             raise UsageError(
