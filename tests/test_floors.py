@@ -15,11 +15,13 @@ PACKAGE = Path(__file__).parents[1] / "grad_transformer"
 # modules that lie directly in the package are one folder. `__init__` is the public interface: it sees floors 0 to 4.
 FLOORS = {
     "constants": 0,
+    "documents": 0,
     "errors": 0,
     "lazy": 0,
     "wording": 0,
     "files": 0,
     "verbosity": 0,
+    "schemas": 0,
     "version": 0,
     "hub": 1,
     "adapters": 2,
@@ -28,6 +30,7 @@ FLOORS = {
     "modeling_blocks": 3,
     "modeling_decoding": 3,
     "modeling_files": 3,
+    "modeling_weights": 3,
     "modeling_grad_transformer": 3,
     "finetuning": 3,
     "shadow": 4,

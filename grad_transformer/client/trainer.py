@@ -22,11 +22,12 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from ..adapters.io import read_json, write_json_atomic
+from ..adapters.io import read_record, write_json_atomic
 from ..adapters.privacy import PrivacyStatement
 from ..constants import FORMAT_VERSION
-from ..errors import IncompleteArtifactError, UsageError
+from ..errors import UsageError
 from ..finetuning.data import IGNORED_LABEL
+from ..schemas import AccountingRecord
 from .mechanism import (
     AccountantName,
     Gradients,
@@ -293,10 +294,8 @@ class PrivateSFTTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         path = Path(resume_from_checkpoint) / ACCOUNTING_NAME
-        history = read_json(path).get("history")
-        if not isinstance(history, list):
-            raise IncompleteArtifactError("The checkpoint does not say what was spent.", path=path, found=history)
-        self.history = [(float(noise), float(rate), int(steps)) for noise, rate, steps in history]
+        history = read_record(path, AccountingRecord)["history"]
+        self.history = [(noise, rate, int(steps)) for noise, rate, steps in history]
 
     # The bound
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..adapters.io import read_json, write_json_atomic, write_text_atomic
+from ..adapters.io import read_record, write_json_atomic, write_text_atomic
 from ..adapters.statistics import BlockAgreement, DeltaReproducibility
 from ..constants import REPORT_NAME
+from ..errors import UsageError
 from .figures import draw_figures
 from .records import KINDS, ClientReport, HeldoutScores, Report
 from .tables import markdown, summary_table
@@ -95,9 +96,10 @@ def read_report(path: str | Path) -> Report:
     """The report in a folder, or in a `report.json`.
 
     Raises:
-        [`IncompleteArtifactError`]: there is no such file, or it is no JSON object.
+        [`UsageError`]: there is no such file, a field is missing, of another type, or out of its range.
         [`FormatVersionError`]: it is newer than this version.
-        [`UsageError`]: a field is missing, or out of its range.
     """
     path = Path(path)
-    return Report.from_dict(read_json(path / REPORT_NAME if path.is_dir() else path))
+    report = read_record(path / REPORT_NAME if path.is_dir() else path, Report, error=UsageError)
+    report.validate()
+    return report

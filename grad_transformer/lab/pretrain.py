@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
-from ..adapters.io import read_json, write_json_atomic
+from ..adapters.io import read_record, write_json_atomic
 from ..constants import FORMAT_VERSION
 from ..errors import IncompleteArtifactError, UsageError
+from ..schemas import LabBaseRecord
 from ..wording import BAR_FORMAT
 from .inputs import NUM_DIGITS
 from .presets import BaseModelPreset
@@ -214,7 +215,7 @@ def _is_finished(folder: Path, fingerprint: str) -> bool:
             expected=BASE_MANIFEST_NAME,
             remedy=remedy,
         )
-    found = read_json(folder / BASE_MANIFEST_NAME).get("fingerprint")
+    found = read_record(folder / BASE_MANIFEST_NAME, LabBaseRecord)["fingerprint"]
     if found != fingerprint:
         raise UsageError(
             "The folder holds a base model of another seed or preset.",

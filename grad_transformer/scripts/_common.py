@@ -49,8 +49,6 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 
-import yaml
-
 from ..errors import GradTransformerError, UsageError
 from ._fields import add_fields
 
@@ -150,14 +148,6 @@ class CommandParser(argparse.ArgumentParser):
                     error.message, path=path, expected=error.expected, found=error.found, remedy=error.remedy
                 ) from error
             raise
-        except OSError as error:
-            if path is None or error.filename != path:
-                raise
-            raise UsageError(
-                "The config file cannot be read.", path=path, expected="a YAML file", found=error.strerror
-            ) from error
-        except yaml.YAMLError as error:
-            raise UsageError("The config file is not valid YAML.", path=path, found=error) from error
         except ValueError as error:
             raise UsageError(str(error), path=path, remedy=f"see `{self.prog} --help`") from error
         return tuple(own), output
@@ -186,14 +176,11 @@ class CommandParser(argparse.ArgumentParser):
         ]
 
     def _take_defaults_from(self, path: str) -> None:
-        with open(path, encoding="utf-8") as file:
-            config = yaml.safe_load(file)
-        if not isinstance(config, dict):
-            raise _ConfigValueError(
-                "The config file must contain a YAML mapping.",
-                expected="lines such as `output_dir: here`",
-                found="an empty file" if config is None else type(config).__name__,
-            )
+        # pydantic and yaml are not loaded for --help.
+        from ..files import read_yaml
+        from ..schemas import CommandConfig
+
+        config = read_yaml(path, CommandConfig)
         actions = {action.dest: action for action in reversed(self._actions) if action.dest not in ("help", "config")}
         for key, value in config.items():
             if key not in actions:
@@ -210,6 +197,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def _config_value(self, action: argparse.Action, value: Any) -> Any:
         """A value from YAML, checked and converted as the same text on the command line would be."""
+        from ..documents import describe
+
         if value is None and action.default is None and not action.required:
             return None
         if isinstance(value, dict | list) and type(value) in self._containers(action.dest):
@@ -222,24 +211,27 @@ class CommandParser(argparse.ArgumentParser):
         raise _ConfigValueError(
             f"`{action.dest}` has a value of the wrong type.",
             expected="a list with at least one item" if action.nargs == "+" else "one value",
-            found=f"{value!r} ({type(value).__name__})",
+            found=describe(value),
         )
 
     def _config_scalar(self, action: argparse.Action, value: Any) -> Any:
+        from ..documents import describe, source_text
+
         text_from_bool = isinstance(value, bool) and action.type is str
         if value is None or text_from_bool or isinstance(value, dict | list):
             raise _ConfigValueError(
                 f"`{action.dest}` has a value of the wrong type.",
                 expected="text" if action.type is str else "one value",
-                found=f"{value!r} ({type(value).__name__})",
+                found=describe(value),
                 remedy="YAML reads bare yes, no, on and off as booleans: quote them" if text_from_bool else None,
             )
         try:
-            converted = self._get_value(action, str(value))
+            # Text as it stands in the file: 0123456 is a revision, not a number.
+            converted = self._get_value(action, source_text(value))
             self._check_value(action, converted)
         except argparse.ArgumentError as error:
             raise _ConfigValueError(
-                f"`{action.dest}` has a value that cannot be used.", expected=error.message, found=repr(value)
+                f"`{action.dest}` has a value that cannot be used.", expected=error.message, found=describe(value)
             ) from error
         return converted
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..adapters import LoraAdapter, create_root
-from ..adapters.io import read_json, write_json_atomic, write_text_atomic
+from ..adapters.io import read_record, write_json_atomic, write_text_atomic
 from ..client import finetune_client
 from ..constants import ADAPTER_CONFIG_NAME, DEMO_NAME, FORMAT_VERSION, HELDOUT_NAME, TRAINING_LOG_NAME
 from ..errors import UsageError
@@ -24,6 +24,7 @@ from ..lab import LabClient, LabWorld, pretrain_base_models
 from ..lab.inputs import NUM_DIGITS
 from ..modeling_grad_transformer import GradTransformer
 from ..refinement import RefinementArguments
+from ..schemas import DemoRecord, TrainingLogRecord
 from ..shadow import FineTuneJob, build_delta_dataset, fine_tune_many, load_delta_dataset, plan_shadows, run_shadows
 from ..shadow.progress import RunBar
 from ..shadow.run import root_folder
@@ -99,7 +100,7 @@ class Demo:
         path = self.folder / DEMO_NAME
         mine = {"preset": self.world.preset.name, "seed": self.world.seed}
         if path.is_file():
-            state = read_json(path)
+            state = read_record(path, DemoRecord)
             found = {name: state.get(name) for name in mine}
             if found != mine:
                 raise UsageError(
@@ -256,7 +257,7 @@ class Demo:
             preset=self.world.preset.name,
             seed=self.world.seed,
             wall_seconds=self.seconds,
-            training_log=read_json(self.folder / "mapper" / TRAINING_LOG_NAME)["log_history"],
+            training_log=read_record(self.folder / "mapper" / TRAINING_LOG_NAME, TrainingLogRecord)["log_history"],
             methods=methods,
         )
         for case, adapter in zip(cases, adapters, strict=True):

@@ -24,8 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from ..errors import UsageError
 from ._common import CommandParser, CommandResult, check_device
 from ._refinement import RefinementFlags
@@ -39,9 +37,6 @@ if TYPE_CHECKING:
     from ..modeling_grad_transformer import GradTransformer
     from ..refinement import RefinementArguments
     from ..shadow import DeltaDataset
-
-
-_REQUIRED, _OPTIONAL = {"id", "adapter", "test_data"}, {"llm_adapter", "kind", "task"}
 
 
 @dataclass(frozen=True)
@@ -111,23 +106,19 @@ def read_clients(path: str | Path) -> list[dict[str, Any]]:
     """The list of clients in a YAML or JSON file.
 
     Raises:
-        [`UsageError`]: it cannot be read, is no list, or an entry has missing or unknown keys.
+        [`UsageError`]: it cannot be read, is no list, an entry has missing or unknown keys or values of another type,
+            or two have the same id.
     """
-    try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as cause:
-        raise UsageError("The list of clients cannot be read.", path=path, found=cause) from cause
-    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise UsageError("The list of clients is not a list of mappings.", path=path, expected="- id: ...")
-    for entry in entries:
-        if not entry.keys() >= _REQUIRED or entry.keys() - _REQUIRED - _OPTIONAL:
-            raise UsageError(
-                "A client has missing or unknown keys.",
-                path=path,
-                expected=f"{', '.join(sorted(_REQUIRED))}; optional {', '.join(sorted(_OPTIONAL))}",
-                found=", ".join(map(str, entry)),
-            )
-    return entries
+    # pydantic is not loaded for --help.
+    from ..files import read_yaml
+    from ..schemas import ClientList
+
+    entries = read_yaml(path, ClientList)
+    ids = [entry["id"] for entry in entries]
+    twice = sorted({name for name in ids if ids.count(name) > 1})
+    if twice:
+        raise UsageError("Two clients have the same id.", path=path, expected="ids of their own", found=twice[0])
+    return [dict(entry) for entry in entries]
 
 
 def make_scorer(

@@ -72,14 +72,15 @@ def make_parser() -> CommandParser:
 
 
 def main(args: InspectArguments) -> CommandResult:
-    from ..adapters.io import read_json, resolve_folder
+    from ..adapters.io import read_record, resolve_folder
+    from ..schemas import FILES
     from ._inspection import inspect_folder
 
     roots = [f"{role}/{ROOT_FOLDER}/{ROOT_NAME}" for role in (SOURCE_FOLDER, TARGET_FOLDER)]
     wanted = (*MANIFESTS, ADAPTER_WEIGHTS_NAME, ADAPTER_METADATA_NAME, HELDOUT_NAME, *roots)
     folder = resolve_folder(args.path, allow_patterns=wanted, revision=args.revision)
     kind, manifest_name = find_kind(folder)
-    manifest = read_json(folder / manifest_name) if manifest_name else {}
+    manifest = read_record(folder / manifest_name, FILES[manifest_name]) if manifest_name else {}
     if kind == "mapper" and manifest.get("model_type") != MODEL_TYPE:
         kind = "base model"
     found = inspect_folder(kind, folder, manifest, args.path)

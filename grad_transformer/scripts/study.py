@@ -45,11 +45,12 @@ def main(args: StudyArguments, given: StudySpec) -> CommandResult:
     from ..study.cost import estimate
     from ..study.experiments import EXPERIMENTS, experiments_of
     from ..study.runner import run_stages
+    from ..study.schema import check_study
     from ..study.stages import in_order
     from ..study.summary import STUDY_MARKDOWN_NAME, write_study
     from ..study.tables import verdicts
 
-    spec = given.filled(list(EXPERIMENTS))
+    spec = check_study(given.filled(list(EXPERIMENTS)))
     experiments = experiments_of(spec.experiments)
     needed = {
         experiment.name: [

@@ -18,10 +18,11 @@ import numpy as np
 from transformers.utils import logging
 
 from ..adapters import Root
-from ..adapters.io import read_json, write_json_atomic
+from ..adapters.io import read_record, write_json_atomic
 from ..constants import FORMAT_VERSION, PLAN_NAME, SOURCE_FOLDER, TARGET_FOLDER
 from ..errors import PlanError
 from ..finetuning import FineTuningRecipe
+from ..schemas import PlanRecord
 from ..wording import describe_bytes
 
 
@@ -30,6 +31,8 @@ logger = logging.get_logger(__name__)
 Strategy = Literal["per_task", "mixed"]
 SPLITS = ("train", "validation", "test")
 ROLES = (SOURCE_FOLDER, TARGET_FOLDER)
+# A plan names every row of every subset.
+MAX_PLAN_BYTES, MAX_PLAN_VALUES = 2**28, 2**24
 
 
 @dataclass(frozen=True)
@@ -165,25 +168,34 @@ class ShadowPlan:
             [`FormatVersionError`]: written by a newer version.
         """
         path = Path(plan_dir) / PLAN_NAME
-        data = read_json(path, error=PlanError)
-        try:
-            sides = {
-                role: PlanSide(
-                    data[role]["root"], FineTuningRecipe.from_dict(data[role]["recipe"]), int(data[role]["numel"])
+        data = read_record(path, PlanRecord, error=PlanError, max_bytes=MAX_PLAN_BYTES, max_nodes=MAX_PLAN_VALUES)
+        num_rows = data["data"].get("num_rows")
+        seen: set[str] = set()
+        for run in data["runs"]:
+            if run["shadow_id"] in seen or (num_rows is not None and max(run["row_indices"]) >= num_rows):
+                raise PlanError(
+                    "A run of the plan stands twice, or names rows that there are not.",
+                    path=path,
+                    expected=f"ids of their own, rows below {num_rows}",
+                    found=f"{run['shadow_id']}, row {max(run['row_indices'])}",
                 )
-                for role in ROLES
-            }
-            runs = tuple(ShadowRun(**{**run, "row_indices": tuple(run["row_indices"])}) for run in data["runs"])
-            return cls(
-                **sides,
-                data=data["data"],
-                seed=data["seed"],
-                strategy=data["strategy"],
-                with_overlap=data["with_overlap"],
-                runs=runs,
-            )
-        except (KeyError, TypeError) as cause:
-            raise PlanError("The file is not a shadow plan.", path=path, found=repr(cause)) from cause
+            seen.add(run["shadow_id"])
+        source, target = (
+            PlanSide(dict(side["root"]), FineTuningRecipe.from_dict(side["recipe"], path=path), side["numel"])
+            for side in (data["source"], data["target"])
+        )
+        return cls(
+            source=source,
+            target=target,
+            data=dict(data["data"]),
+            seed=data["seed"],
+            strategy=data["strategy"],
+            with_overlap=data["with_overlap"],
+            runs=tuple(
+                ShadowRun(run["shadow_id"], run["task"], run["split"], run["seed"], tuple(run["row_indices"]))
+                for run in data["runs"]
+            ),
+        )
 
 
 def plan_shadows(
