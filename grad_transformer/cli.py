@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 
 from .errors import GradTransformerError, UsageError
+from .outputs import disk_error
 from .version import __version__
 
 
@@ -87,7 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with command_logging(), contextlib.redirect_stdout(sys.stderr):
             result = script.main(*own_arguments)
         emit(result.data, json_output=as_json, text=result.text)
-    except GradTransformerError as error:
+    except Exception as cause:
+        error = cause if isinstance(cause, GradTransformerError) else disk_error(cause)
+        if error is None:
+            raise
         print(_one_screen(f"grad-transformer {command}: {error}"), file=sys.stderr)
         if as_json:
             print(json.dumps(error.to_dict(), indent=2))

@@ -24,6 +24,8 @@ DELTA_DATASET_NAME = "delta_dataset.json"
 REPORT_NAME = "report.json"
 HELDOUT_NAME = "heldout.json"
 TRAINING_LOG_NAME = "training_log.json"
+# Which dataset and arguments a folder is trained with: written before the first step.
+TRAINING_IDENTITY_NAME = "training_identity.json"
 SHIFT_NAME = "shift.json"
 SHIFT_TENSORS_NAME = "shift.safetensors"
 

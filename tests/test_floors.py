@@ -17,6 +17,8 @@ FLOORS = {
     "constants": 0,
     "errors": 0,
     "files": 0,
+    "locks": 0,
+    "outputs": 0,
     "version": 0,
     "hub": 1,
     "adapters": 2,

@@ -32,6 +32,7 @@ from ..finetuning import FineTuningRecipe, check_rows, load_base, load_rows
 from ..lab import LabClient, LabWorld, pretrain_base_models
 from ..lab.inputs import NUM_DIGITS
 from ..modeling_grad_transformer import GradTransformer
+from ..outputs import prepare_output
 from ..refinement import RefinementArguments
 from ..shadow import FineTuneJob, build_delta_dataset, fine_tune_many, load_delta_dataset, plan_shadows, run_shadows
 from ..shadow.run import root_folder
@@ -67,6 +68,7 @@ def make_parser() -> CommandParser:
 def main(args: DemoArguments) -> CommandResult:
     # Models of a moment's loading; the demo's own bars say what is going on.
     logging.disable_progress_bar()
+    prepare_output(args.output_dir, "demo")
     demo = Demo(LabWorld(args.seed, args.preset), Path(args.output_dir))
     report = demo.run()
     text = (

@@ -36,6 +36,7 @@ from ..evaluation.report import build_report, summary_table, write_report
 from ..evaluation.scoring import Rows
 from ..finetuning import attach_root, load_base, load_rows
 from ..modeling_grad_transformer import GradTransformer
+from ..outputs import prepare_output
 from ..refinement import RefinementArguments, fit_candidates, refine_clients, refinement_metadata, shadow_annotators
 from ..shadow import DeltaDataset, load_delta_dataset
 from ..training import evaluate_heldout
@@ -69,6 +70,8 @@ def make_parser() -> CommandParser:
 def main(args: EvaluateArguments, refinement: RefinementFlags) -> CommandResult:
     check_device(args.device, args.dtype)
     entries = read_clients(args.clients)
+    adapters = [entry.get(name) for entry in entries for name in ("adapter", "llm_adapter")]
+    prepare_output(args.output_dir, "report", inputs=[args.mapper, args.dataset, *adapters])
     mapper = GradTransformer.from_pretrained(args.mapper)
     deltas = load_delta_dataset(args.dataset)
     cases = [_case(entry, mapper) for entry in entries]
