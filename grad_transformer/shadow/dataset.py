@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +23,12 @@ from ..adapters.rows import DeltaRows, text_column
 from ..constants import DELTA_DATASET_NAME, FORMAT_VERSION, PLAN_NAME
 from ..errors import DeltaDatasetError
 from ..hub import KINDS, Fetched, Origin, fetch
+from ..locks import sole_writer
+from ..outputs import prepare_output
+from .identity import dataset_fingerprint
 from .plan import ROLES, SPLITS, ShadowPlan
 from .records import missing_runs, read_run
-from .run import load_plan_root, root_folder
+from .run import load_checked_root, load_plan, load_plan_root, root_folder
 
 
 # Readers hold whole row groups.
@@ -62,11 +64,24 @@ class DeltaDataset:
 
     @cached_property
     def source_root(self) -> Root:
-        return Root.from_pretrained(root_folder(self.folder, "source"))
+        return self._root("source")
 
     @cached_property
     def target_root(self) -> Root:
-        return Root.from_pretrained(root_folder(self.folder, "target"))
+        return self._root("target")
+
+    def _root(self, role: str) -> Root:
+        return load_checked_root(root_folder(self.folder, role), self.manifest["roots"][role]["fingerprint"])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of plan, roots, recipes and every file of pairs."""
+        return dataset_fingerprint(self.manifest)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a mapper that is trained on it remembers."""
+        return {"fingerprint": self.fingerprint, "plan_fingerprint": self.manifest["plan_fingerprint"]}
 
     @property
     def source_layout(self) -> LoraLayout:
@@ -85,6 +100,14 @@ class DeltaDataset:
             shadow_ids=text_column(rows, "shadow_id"),
             tasks=text_column(rows, "task"),
         )
+
+    def tuning_pairs(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Deltas of held-out runs that settings may be chosen on: of `validation`, else of `test`; None without."""
+        for split in ("validation", "test"):
+            if split in self.splits:
+                pairs = self.pairs(split)
+                return pairs.source, pairs.target
+        return None
 
 
 def build_delta_dataset(
@@ -105,9 +128,17 @@ def build_delta_dataset(
         the manifest.
 
     Raises:
-        [`DeltaDatasetError`]: runs are missing, or belong to another plan.
+        [`DeltaDatasetError`]: runs are missing or belong to another plan, or `output_dir` holds that of another plan.
+        [`OutputError`]: `output_dir` holds something else or cannot be written to, or another process builds there.
     """
-    plan = ShadowPlan.load(plan_dir)
+    plan = load_plan(plan_dir)
+    folder = prepare_output(output_dir, "delta_dataset", inputs=[plan_dir])
+    with sole_writer(folder):
+        return _build(plan, plan_dir, folder, allow_missing)
+
+
+def _build(plan: ShadowPlan, plan_dir: str | Path, folder: Path, allow_missing: bool) -> dict[str, Any]:
+    _refuse_another_plan(plan, folder)
     missing = {run_id for role in ROLES for run_id in missing_runs(plan, plan_dir, role)}
     finished = [run for run in plan.runs if run.shadow_id not in missing]
     if (missing and not allow_missing) or not any(run.split == "train" for run in finished):
@@ -118,12 +149,10 @@ def build_delta_dataset(
             found=f"{len(finished)}, without {sorted(missing)[0]}",
             remedy="run `grad-transformer shadow` again: it does what is missing; or allow missing runs",
         )
-    folder = Path(output_dir)
     (folder / DELTA_DATASET_NAME).unlink(missing_ok=True)
     roots = {role: load_plan_root(plan, plan_dir, role) for role in ROLES}
     for role in ROLES:
         roots[role].save_pretrained(root_folder(folder, role))
-    shutil.copyfile(Path(plan_dir) / PLAN_NAME, folder / PLAN_NAME)
     features = datasets.Features(
         {
             "shadow_id": datasets.Value("string"),
@@ -134,7 +163,7 @@ def build_delta_dataset(
         }
     )
     counts, files = {}, {}
-    with tqdm(total=len(finished), desc="build", unit="run") as bar:
+    with tqdm(total=len(finished), desc="build", unit="run", smoothing=0) as bar:
         for split in SPLITS:
             runs = [run for run in finished if run.split == split]
             path = folder / "data" / f"{split}-00000-of-00001.parquet"
@@ -171,9 +200,25 @@ def build_delta_dataset(
         "missing_runs": sorted(missing),
         "files": files,
     }
+    manifest["fingerprint"] = dataset_fingerprint(manifest)
+    # So late that a build which was interrupted is not taken for a plan.
+    write_text_atomic(folder / PLAN_NAME, (Path(plan_dir) / PLAN_NAME).read_text(encoding="utf-8"))
     write_text_atomic(folder / "README.md", _card(manifest))
     write_json_atomic(folder / DELTA_DATASET_NAME, manifest)
     return manifest
+
+
+def _refuse_another_plan(plan: ShadowPlan, folder: Path) -> None:
+    path = folder / DELTA_DATASET_NAME
+    there = read_json(path).get("plan_fingerprint") if path.is_file() else plan.fingerprint
+    if there != plan.fingerprint:
+        raise DeltaDatasetError(
+            "The folder holds the delta dataset of another plan.",
+            path=folder,
+            expected=f"a new folder, or one of plan {plan.fingerprint[:12]}",
+            found=f"plan {str(there)[:12]}",
+            remedy="choose another --output_dir, or remove what is there",
+        )
 
 
 def load_delta_dataset(
@@ -201,6 +246,14 @@ def load_delta_dataset(
     fetched = fetch(name_or_path, allow_patterns=patterns, repo_type="dataset", revision=revision, **hub_kwargs)
     folder = fetched.folder
     manifest = read_json(folder / DELTA_DATASET_NAME)
+    if manifest.get("fingerprint", dataset_fingerprint(manifest)) != dataset_fingerprint(manifest):
+        raise DeltaDatasetError(
+            "The manifest of the delta dataset was changed.",
+            path=folder / DELTA_DATASET_NAME,
+            expected=f"fingerprint {manifest['fingerprint']}",
+            found=dataset_fingerprint(manifest),
+            remedy="build or download the dataset again",
+        )
     if streaming:
         return DeltaDataset(_stream(fetched, manifest, hub_kwargs.get("token")), manifest, folder, fetched.origin)
     for name, digest in manifest["files"].items():

@@ -3,6 +3,7 @@ not read its input."""
 
 from .arguments import GradTransformerTrainingArguments, MapperArguments
 from .heldout import HeldoutMetrics, evaluate_heldout
+from .identity import TrainingIdentity, remove_training
 from .pairs import DeltaPairCollator, DeltaPairRows
 from .trainer import GradTransformerTrainer, build_mapper, train_mapper
 
@@ -14,7 +15,9 @@ __all__ = [
     "GradTransformerTrainingArguments",
     "HeldoutMetrics",
     "MapperArguments",
+    "TrainingIdentity",
     "build_mapper",
     "evaluate_heldout",
+    "remove_training",
     "train_mapper",
 ]
