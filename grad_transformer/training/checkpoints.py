@@ -53,9 +53,7 @@ def is_whole(checkpoint: Path, step: int) -> bool:
             read_header(path)
         states = [path for pattern in ("*.pt", "*.pth", "*.bin") for path in checkpoint.glob(pattern)]
         # Weights in pieces (FSDP, DeepSpeed) lie in folders, of which the state has to speak alone.
-        in_pieces = any(
-            path.is_dir() and path.name not in (SOURCE_FOLDER, TARGET_FOLDER) for path in checkpoint.iterdir()
-        )
+        folders = {path.name for path in checkpoint.iterdir() if path.is_dir()} - {SOURCE_FOLDER, TARGET_FOLDER}
     except (OSError, ValueError, KeyError, TypeError, AdapterFormatError):
         return False
-    return (bool(weights) or in_pieces) and all(zipfile.is_zipfile(path) for path in states)
+    return bool(weights or folders) and all(zipfile.is_zipfile(path) for path in states)

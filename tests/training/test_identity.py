@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -197,6 +199,28 @@ def test_a_training_killed_while_it_wrote_a_checkpoint_ends_as_if_it_had_not_bee
     empty(half / "checkpoint-2")
     assert not run(dataset, half)["finished_before"]
     assert (half / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_save_that_is_interrupted_leaves_nothing_that_looks_whole(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    mapper = GradTransformer.from_pretrained(copy)
+
+    def move(temporary: Path, path: Path) -> None:
+        if path == copy / name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.replace(temporary, path)
+
+    monkeypatch.setattr("grad_transformer.modeling_files.sync_and_move", move)
+    with pytest.raises(OSError, match="No space"):
+        mapper.save_pretrained(copy)
+    assert not (copy / "config.json").exists()
+    assert not list(copy.glob(".saving-*"))
+    monkeypatch.undo()
+    mapper.save_pretrained(copy)
+    again = GradTransformer.from_pretrained(copy).state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in mapper.state_dict().items())
 
 
 def test_a_mapper_records_its_dataset_and_takes_no_other(finished: Path, dataset: Path, other: Path) -> None:
