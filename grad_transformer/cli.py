@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 
 from .errors import GradTransformerError, UsageError
+from .outputs import disk_error
 from .scripts._output import command_logging, emit, write_plainly
 from .version import __version__
 from .wording import one_line, printable
@@ -94,11 +95,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         with command_logging(), contextlib.redirect_stdout(sys.stderr):
             result = script.main(*own_arguments)
         emit(result.data, json_output=as_json, text=result.text)
-    except GradTransformerError as error:
-        _complain(command, str(error))
-        if as_json:
-            print(json.dumps(error.to_dict(), indent=2))
-        return 2
     except KeyboardInterrupt:
         _complain(command, f"interrupted.{RESUMED if command in RESUMABLE else ''}", before="\n")
         return 130
@@ -106,18 +102,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read the output has gone, as `| head` does. What is still to be flushed at exit has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:
-        if os.environ.get(DEBUG) == "1":
+    except Exception as cause:
+        error = cause if isinstance(cause, GradTransformerError) else disk_error(cause)
+        if error is None and os.environ.get(DEBUG) == "1":
             raise
-        unforeseen = GradTransformerError(
-            f"unforeseen {type(error).__name__}: {one_line(error)}",
-            remedy=f"with {DEBUG}=1 in the environment the traceback is shown; please report it",
-        )
-        _complain(command, str(unforeseen))
-        if as_json:
-            print(json.dumps({**unforeseen.to_dict(), "error": type(error).__name__}, indent=2))
-        return 1
+        _report(command, error or _unforeseen(cause), type(error or cause).__name__, as_json)
+        return 1 if error is None else 2
     return 0
+
+
+def _unforeseen(cause: Exception) -> GradTransformerError:
+    return GradTransformerError(
+        f"unforeseen {type(cause).__name__}: {one_line(cause)}",
+        remedy=f"with {DEBUG}=1 in the environment the traceback is shown; please report it",
+    )
+
+
+def _report(command: str, error: GradTransformerError, name: str, as_json: bool) -> None:
+    _complain(command, str(error))
+    if as_json:
+        print(json.dumps({**error.to_dict(), "error": name}, indent=2))
 
 
 def _complain(command: str, message: str, before: str = "") -> None:

@@ -26,6 +26,8 @@ DEMO_NAME = "demo.json"
 STUDY_NAME = "study.json"
 HELDOUT_NAME = "heldout.json"
 TRAINING_LOG_NAME = "training_log.json"
+# Which dataset and arguments a folder is trained with: written before the first step.
+TRAINING_IDENTITY_NAME = "training_identity.json"
 SHIFT_NAME = "shift.json"
 SHIFT_TENSORS_NAME = "shift.safetensors"
 

@@ -98,6 +98,10 @@ class UsageError(GradTransformerError):
     """A command or function was called with arguments that do not fit together."""
 
 
+class OutputError(UsageError):
+    """A result cannot be written where it was asked for, or not now."""
+
+
 class WorkerLostError(GradTransformerError):
     """Processes or machines that do shadow runs were lost again and again on the same runs."""
 

@@ -38,14 +38,19 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
+        sync_and_move(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_and_move(temporary: Path, path: Path) -> None:
+    """Give a whole file its name, once its bytes are on the disk."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from .configuration_grad_transformer import GradTransformerConfig
 from .constants import SOURCE_FOLDER, TARGET_FOLDER
 from .errors import LayoutMismatchError
+from .files import sync_and_move
 from .hub import KINDS, Origin, Published, fetch, push_folder
 from .modeling_weights import check_loaded, check_weights, read_mapper_config, read_weight_shapes
 from .tokenization_lora_delta import LoraDeltaTokenizer
@@ -29,15 +31,30 @@ class MapperFiles:
     def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write config, weights and both tokenizers; arguments as in `PreTrainedModel.save_pretrained`.
 
+        `config.json` goes first and comes last: what a save that was interrupted leaves is not taken for a mapper.
+
         With `push_to_hub` also publish it, as `repo_id` (default: the folder's name), see
         [`~GradTransformer.push_to_hub`].
         """
         hub = {name: kwargs.pop(name) for name in ("repo_id", "revision", "private", "license") if name in kwargs}
-        if kwargs.get("is_main_process", True):
+        if not kwargs.get("is_main_process", True):
+            super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+            return
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").unlink(missing_ok=True)
+        for left in folder.glob(".saving-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
             for tokenizer, name in ((self.source_tokenizer, SOURCE_FOLDER), (self.target_tokenizer, TARGET_FOLDER)):
                 if tokenizer is not None:
-                    tokenizer.save_pretrained(Path(save_directory) / name)
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+                    tokenizer.save_pretrained(folder / name)
+            super().save_pretrained(staging, **kwargs)  # type: ignore[misc]
+            for pattern in ("model*.safetensors", "model.safetensors.index.json"):
+                for stale in folder.glob(pattern):
+                    stale.unlink()
+            for path in sorted(Path(staging).iterdir(), key=lambda path: path.name == "config.json"):
+                sync_and_move(path, folder / path.name)
         if push_to_hub:
             self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), token=kwargs.get("token"), **hub)
 

@@ -327,6 +327,16 @@ class ReportRecord(TypedDict):
     clients: list[ReportClientRecord]
 
 
+@_open
+class TrainingIdentityRecord(TypedDict):
+    """`training_identity.json`: what a training folder belongs to, and, once finished, what was found."""
+
+    dataset: NotRequired[Object]
+    mapper: NotRequired[Object]
+    training: NotRequired[Object]
+    result: NotRequired[Object | None]
+
+
 # The client's checkpoints, the lab, the demo and studies
 
 

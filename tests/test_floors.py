@@ -22,6 +22,8 @@ FLOORS = {
     "files": 0,
     "verbosity": 0,
     "schemas": 0,
+    "locks": 0,
+    "outputs": 0,
     "version": 0,
     "hub": 1,
     "adapters": 2,

@@ -112,7 +112,7 @@ KINDS = {
     )
 }
 # What training leaves beside a mapper to go on from: never part of it.
-_WORKING_STATE = re.compile(r"(^|/)(\.|checkpoint-\d+(/|$)|runs(/|$)|training_args\.json$|report\.md$)")
+_WORKING_STATE = re.compile(r"(^|/)(\.|checkpoint-\d+(/|$)|runs(/|$)|training_(args|identity)\.json$|report\.md$)")
 
 
 def find_kind(folder: Path) -> RepoKind:

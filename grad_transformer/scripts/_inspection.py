@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters import LoraAdapter, Root
-from ..adapters.io import read_json
+from ..adapters.io import read_record
 from ..adapters.privacy import statement_of
 from ..constants import HELDOUT_NAME, ROOT_FOLDER, ROOT_NAME, RUNS_FOLDER, SOURCE_FOLDER, TARGET_FOLDER
 from ..errors import GradTransformerError
 from ..evaluation.records import HeldoutScores
 from ..evaluation.report import read_report, summary_table
 from ..evaluation.tables import headline
+from ..schemas import HeldoutRecord, RootRecord
 from ..wording import describe_seconds, one_line
 
 
@@ -110,11 +111,11 @@ def _delta_dataset(folder: Path, manifest: Mapping[str, Any], shown: str) -> Ins
 
 def _mapper(folder: Path, manifest: Mapping[str, Any], shown: str) -> Inspection:
     roots = {
-        role: read_json(path)
+        role: read_record(path, RootRecord)
         for role in (SOURCE_FOLDER, TARGET_FOLDER)
         if (path := folder / role / ROOT_FOLDER / ROOT_NAME).is_file()
     }
-    heldout = read_json(folder / HELDOUT_NAME) if (folder / HELDOUT_NAME).is_file() else {}
+    heldout = read_record(folder / HELDOUT_NAME, HeldoutRecord) if (folder / HELDOUT_NAME).is_file() else {}
     sentences = [
         f"Maps deltas of the TinyLM {_base_of(roots, 'source')} to deltas of the LLM {_base_of(roots, 'target')}."
     ]

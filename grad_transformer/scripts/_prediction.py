@@ -10,7 +10,7 @@ from ..errors import UsageError
 from ..finetuning import load_rows
 from ..modeling_grad_transformer import GradTransformer
 from ..refinement import fit_candidates, refine_clients, refinement_metadata, shadow_annotators
-from ..shadow import load_delta_dataset
+from ..shadow import check_dataset_of, load_delta_dataset
 from ._refinement import RefinementFlags
 
 
@@ -45,6 +45,7 @@ class Prediction:
         self._predictors, self._annotators = {}, {}
         if dataset is not None:
             deltas = load_delta_dataset(dataset)
+            check_dataset_of(mapper, deltas)
             self._predictors = fit_candidates(deltas)
             if refinement.refine_data is not None:
                 self._annotators = shadow_annotators(deltas, refinement.arguments())

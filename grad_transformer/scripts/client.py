@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ..outputs import prepare_output
 from ._common import CommandParser, CommandResult, check_device
 
 
@@ -108,6 +109,7 @@ def main(args: ClientArguments) -> CommandResult:
             expected="--early_stopping_patience and --eval_data only with --dp_epsilon",
             found=f"early_stopping_patience={args.early_stopping_patience}",
         )
+    prepare_output(args.output_dir, "client_adapter", inputs=[args.mapper, args.data, args.base_model, args.eval_data])
     rows = load_rows(args.data, split=args.data_split)
     arguments = {
         "role": args.role,

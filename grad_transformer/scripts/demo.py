@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..outputs import prepare_output
 from ._common import CommandParser, CommandResult
 
 
@@ -40,6 +41,7 @@ def main(args: DemoArguments) -> CommandResult:
 
     # Models of a moment's loading; the demo's own bars say what is going on.
     logging.disable_progress_bar()
+    prepare_output(args.output_dir, "demo")
     demo = Demo(LabWorld(args.seed, args.preset), Path(args.output_dir))
     report = demo.run()
     text = (

@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import DeltaDatasetError, UsageError
+from ..outputs import prepare_output
 from ._common import CommandParser, CommandResult, check_device
 from ._refinement import RefinementFlags
 
@@ -63,12 +64,16 @@ def main(args: EvaluateArguments, refinement: RefinementFlags) -> CommandResult:
     from ..evaluation.report import summary_table
     from ..finetuning import load_rows
     from ..modeling_grad_transformer import GradTransformer
-    from ..shadow import load_delta_dataset
+    from ..shadow import check_dataset_of, load_delta_dataset
 
     check_device(args.device, args.dtype)
     entries = read_clients(args.clients)
+    adapters = [entry.get(name) for entry in entries for name in ("adapter", "llm_adapter")]
+    prepare_output(args.output_dir, "report", inputs=[args.mapper, args.dataset, *adapters])
     mapper = GradTransformer.from_pretrained(args.mapper)
     deltas = load_delta_dataset(args.dataset)
+    check_dataset_of(mapper, deltas)
+    heldout_split(deltas)
     cases = [_case(entry, mapper) for entry in entries]
     methods = {}
     if refinement.refine_data is not None:
@@ -167,13 +172,9 @@ def make_report(
     from ..training import evaluate_heldout
 
     started = time.perf_counter()
-    train, test = deltas.pairs("train"), deltas.pairs("test")
-    validation = deltas.pairs("validation") if "validation" in deltas.splits else test
+    train, test = deltas.pairs("train"), deltas.pairs(heldout_split(deltas))
     predictors = fit_controls(
-        train.source,
-        train.target,
-        validation=(validation.source, validation.target),
-        source_widths=deltas.source_layout.widths,
+        train.source, train.target, validation=deltas.tuning_pairs(), source_widths=deltas.source_layout.widths
     )
     heldout = evaluate_heldout(
         mapper,
@@ -206,6 +207,30 @@ def make_report(
     )
     write_report(report, output_dir, training_log=training_log)
     return report, adapters
+
+
+def heldout_split(deltas: DeltaDataset) -> str:
+    """The runs that tell whether the mapper reads its input: test runs, or else, which is said, validation runs.
+
+    Raises:
+        [`DeltaDatasetError`]: no run was held out.
+    """
+    if "test" in deltas.splits:
+        return "test"
+    if "validation" not in deltas.splits:
+        raise DeltaDatasetError(
+            "No shadow run was held out, so whether the mapper reads its input cannot be measured.",
+            path=deltas.folder,
+            expected="a test or validation split",
+            found=", ".join(deltas.splits),
+            remedy="plan runs with --test_fraction, and train a mapper on them; `generate` works without",
+        )
+    from transformers.utils import logging
+
+    logging.get_logger(__name__).warning(
+        "There are no test runs: held-out figures are of the validation runs, which chose the checkpoint."
+    )
+    return "validation"
 
 
 def refined_methods(

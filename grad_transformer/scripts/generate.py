@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING
 
 from ..constants import AGGREGATIONS, SHIFT_NAME
 from ..errors import UsageError
+from ..outputs import prepare_output
 from ..refinement.arguments import CANDIDATES
 from ._common import CommandParser, CommandResult, check_device
 from ._refinement import RefinementFlags, describe_refinement
@@ -120,6 +121,8 @@ def main(args: GenerateArguments, refinement: RefinementFlags) -> CommandResult:
     from ._prediction import Prediction
 
     check_device(args.device, args.dtype)
+    given = [args.mapper, *args.adapters, args.dataset, args.reference, args.source_model, args.target_model]
+    prepare_output(args.output_dir, "generated_adapter", inputs=given)
     mapper = GradTransformer.from_pretrained(args.mapper, revision=args.mapper_revision, dtype=args.dtype)
     if args.device is not None:
         mapper.to(args.device)

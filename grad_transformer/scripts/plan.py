@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..outputs import prepare_output
 from ._common import CommandParser, CommandResult, format_table
 
 
@@ -121,6 +122,8 @@ def main(args: PlanArguments) -> CommandResult:
     from ..shadow.estimate import DEVICES, assumptions, estimate_side, estimate_table, outline_root
     from ..shadow.run import root_folder
 
+    if not (args.dry_run or args.estimate):
+        prepare_output(args.output_dir, "shadow_plan", inputs=[args.data, args.source_model, args.target_model])
     shared: dict[str, Any] = {name: getattr(args, name) for name in _RECIPE}
     recipes = {"source": FineTuningRecipe(**shared), "target": FineTuningRecipe(**shared)}
     own = {"learning_rate": args.target_learning_rate, "max_steps": args.target_max_steps}

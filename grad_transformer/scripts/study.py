@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..outputs import prepare_output
 from ..study.spec import StudySpec
 from ..wording import describe_bytes, describe_seconds
 from ._common import CommandParser, CommandResult, format_table
@@ -99,6 +100,7 @@ def main(args: StudyArguments, given: StudySpec) -> CommandResult:
             "costs": [cost.to_dict() for cost in costs],
         }
         return CommandResult(data, text)
+    prepare_output(args.output_dir, "study")
     # Models of a moment's loading; the study's own bar says what is going on.
     logging.disable_progress_bar()
     run_stages(stages, args.output_dir, num_workers=args.num_workers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,11 +26,14 @@ from ..adapters.rows import DeltaRows, text_column
 from ..constants import DELTA_DATASET_NAME, FORMAT_VERSION, PLAN_NAME
 from ..errors import DeltaDatasetError, GradTransformerError
 from ..hub import KINDS, Fetched, Origin, fetch
+from ..locks import sole_writer
+from ..outputs import prepare_output
 from ..schemas import DeltaDatasetRecord
+from .identity import dataset_fingerprint
 from .parquet import check_parquet, data_files, schema_of
 from .plan import ROLES, SPLITS, ShadowPlan
 from .records import missing_runs, read_run
-from .run import load_plan_root, root_folder
+from .run import load_checked_root, load_plan, load_plan_root, root_folder
 
 
 # Readers hold whole row groups.
@@ -68,11 +70,24 @@ class DeltaDataset:
 
     @cached_property
     def source_root(self) -> Root:
-        return Root.from_pretrained(root_folder(self.folder, "source"))
+        return self._root("source")
 
     @cached_property
     def target_root(self) -> Root:
-        return Root.from_pretrained(root_folder(self.folder, "target"))
+        return self._root("target")
+
+    def _root(self, role: str) -> Root:
+        return load_checked_root(root_folder(self.folder, role), self.manifest["roots"][role]["fingerprint"])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of plan, roots, recipes and every file of pairs."""
+        return dataset_fingerprint(self.manifest)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a mapper that is trained on it remembers."""
+        return {"fingerprint": self.fingerprint, "plan_fingerprint": self.manifest["plan_fingerprint"]}
 
     @property
     def source_layout(self) -> LoraLayout:
@@ -106,6 +121,14 @@ class DeltaDataset:
                 raise DeltaDatasetError("The delta dataset holds NaN or infinite values.", path=self.folder)
         return values_NP
 
+    def tuning_pairs(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Deltas of held-out runs that settings may be chosen on: of `validation`, else of `test`; None without."""
+        for split in ("validation", "test"):
+            if split in self.splits:
+                pairs = self.pairs(split)
+                return pairs.source, pairs.target
+        return None
+
 
 def build_delta_dataset(
     plan_dir: str | Path, output_dir: str | Path, *, allow_missing: bool = False
@@ -125,9 +148,17 @@ def build_delta_dataset(
         the manifest.
 
     Raises:
-        [`DeltaDatasetError`]: runs are missing, or belong to another plan.
+        [`DeltaDatasetError`]: runs are missing or belong to another plan, or `output_dir` holds that of another plan.
+        [`OutputError`]: `output_dir` holds something else or cannot be written to, or another process builds there.
     """
-    plan = ShadowPlan.load(plan_dir)
+    plan = load_plan(plan_dir)
+    folder = prepare_output(output_dir, "delta_dataset", inputs=[plan_dir])
+    with sole_writer(folder):
+        return _build(plan, plan_dir, folder, allow_missing)
+
+
+def _build(plan: ShadowPlan, plan_dir: str | Path, folder: Path, allow_missing: bool) -> dict[str, Any]:
+    _refuse_another_plan(plan, folder)
     missing = {run_id for role in ROLES for run_id in missing_runs(plan, plan_dir, role)}
     finished = [run for run in plan.runs if run.shadow_id not in missing]
     if (missing and not allow_missing) or not any(run.split == "train" for run in finished):
@@ -138,12 +169,10 @@ def build_delta_dataset(
             found=f"{len(finished)}, without {sorted(missing)[0]}",
             remedy="run `grad-transformer shadow` again: it does what is missing; or allow missing runs",
         )
-    folder = Path(output_dir)
     (folder / DELTA_DATASET_NAME).unlink(missing_ok=True)
     roots = {role: load_plan_root(plan, plan_dir, role) for role in ROLES}
     for role in ROLES:
         roots[role].save_pretrained(root_folder(folder, role))
-    shutil.copyfile(Path(plan_dir) / PLAN_NAME, folder / PLAN_NAME)
     features = datasets.Features(
         {
             "shadow_id": datasets.Value("string"),
@@ -154,7 +183,7 @@ def build_delta_dataset(
         }
     )
     counts, files = {}, {}
-    with tqdm(total=len(finished), desc="build", unit="run") as bar:
+    with tqdm(total=len(finished), desc="build", unit="run", smoothing=0) as bar:
         for split in SPLITS:
             runs = [run for run in finished if run.split == split]
             path = folder / "data" / f"{split}-00000-of-00001.parquet"
@@ -191,9 +220,25 @@ def build_delta_dataset(
         "missing_runs": sorted(missing),
         "files": files,
     }
+    manifest["fingerprint"] = dataset_fingerprint(manifest)
+    # So late that a build which was interrupted is not taken for a plan.
+    write_text_atomic(folder / PLAN_NAME, (Path(plan_dir) / PLAN_NAME).read_text(encoding="utf-8"))
     write_text_atomic(folder / "README.md", _card(manifest))
     write_json_atomic(folder / DELTA_DATASET_NAME, manifest)
     return manifest
+
+
+def _refuse_another_plan(plan: ShadowPlan, folder: Path) -> None:
+    path = folder / DELTA_DATASET_NAME
+    there = read_record(path, DeltaDatasetRecord).get("plan_fingerprint") if path.is_file() else plan.fingerprint
+    if there != plan.fingerprint:
+        raise DeltaDatasetError(
+            "The folder holds the delta dataset of another plan.",
+            path=folder,
+            expected=f"a new folder, or one of plan {plan.fingerprint[:12]}",
+            found=f"plan {str(there)[:12]}",
+            remedy="choose another --output_dir, or remove what is there",
+        )
 
 
 def load_delta_dataset(
@@ -220,7 +265,15 @@ def load_delta_dataset(
         patterns = tuple(pattern for pattern in patterns if not pattern.endswith(".parquet"))
     fetched = fetch(name_or_path, allow_patterns=patterns, repo_type="dataset", revision=revision, **hub_kwargs)
     folder = fetched.folder
-    manifest = dict(read_record(folder / DELTA_DATASET_NAME, DeltaDatasetRecord))
+    manifest: dict[str, Any] = dict(read_record(folder / DELTA_DATASET_NAME, DeltaDatasetRecord))
+    if manifest.get("fingerprint", dataset_fingerprint(manifest)) != dataset_fingerprint(manifest):
+        raise DeltaDatasetError(
+            "The manifest of the delta dataset was changed.",
+            path=folder / DELTA_DATASET_NAME,
+            expected=f"fingerprint {manifest['fingerprint']}",
+            found=dataset_fingerprint(manifest),
+            remedy="build or download the dataset again",
+        )
     if streaming:
         dataset = DeltaDataset({}, manifest, folder, fetched.origin)
         schema = schema_of({role: dataset.layout(role) for role in ROLES})

@@ -32,7 +32,9 @@ __all__ = [
     "GradTransformerTrainingArguments",
     "HeldoutMetrics",
     "MapperArguments",
+    "TrainingIdentity",
     "build_mapper",
     "evaluate_heldout",
+    "remove_training",
     "train_mapper",
 ]

@@ -10,18 +10,19 @@ from typing import Any
 import datasets
 import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ..adapters import Root
 from ..adapters.io import write_json_atomic
 from ..adapters.rows import DeltaRows, text_column
 from ..adapters.statistics import task_mean_ceiling
-from ..errors import DeltaDatasetError
+from ..errors import DeltaDatasetError, UsageError
 from ..modeling_grad_transformer import GradTransformer
 from ..tokenization_lora_delta import LoraDeltaTokenizer
 from .arguments import MapperArguments
 from .backbone import backbone_or_config
+from .checkpoints import last_whole_checkpoint
 from .heldout import HeldoutMetrics, evaluate_heldout
 from .pairs import DeltaPairCollator, DeltaPairRows
 from .progress import TrainingProgress
@@ -65,6 +66,9 @@ class GradTransformerTrainer(Trainer):
                 remedy="build the dataset with `grad-transformer build`, which splits by run",
             )
         source_tokenizer, target_tokenizer = model.tokenizers()
+        if args.device.type in ("cpu", "mps"):
+            # Nothing is copied to a device that pinned memory would help; torch warns of it.
+            args.dataloader_pin_memory = False
         callbacks = trainer_kwargs.pop("callbacks", None) or []
         if args.early_stopping_patience is not None:
             callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience=args.early_stopping_patience)]
@@ -203,18 +207,31 @@ def train_mapper(
         model ([`GradTransformer`]): as [`build_mapper`] gives it.
         splits (`dict[str, datasets.Dataset]`): `train`, and `validation` and `test` where there are such runs.
         args ([`GradTransformerTrainingArguments`]): `output_dir` receives the mapper and its checkpoints.
-        resume (`bool`, *optional*, defaults to `True`): go on from the last checkpoint in `output_dir`.
+        resume (`bool`, *optional*, defaults to `True`): go on from the last whole checkpoint in `output_dir`, which
+            must be of the same pairs and arguments (see [`TrainingIdentity`]); half-written ones are removed.
 
     Returns:
         the trainer, and the figures on the test runs (None without test runs).
+
+    Raises:
+        [`UsageError`]: early stopping without a best checkpoint to stop at.
     """
     validation, test = splits.get("validation"), splits.get("test")
     if validation is None or len(validation) == 0:
-        logger.warning("There are no validation runs: the last checkpoint is kept, not the best one.")
+        logger.warning(
+            "There are no validation runs: the last checkpoint is kept, not the best one, and nothing stops early."
+        )
         validation, args.eval_strategy, args.load_best_model_at_end = None, "no", False
+        args.early_stopping_patience = None
+    if args.early_stopping_patience is not None and not args.load_best_model_at_end:
+        raise UsageError(
+            "Early stopping waits for a better checkpoint, and none is kept.",
+            expected="load_best_model_at_end with early_stopping_patience",
+            found=f"early_stopping_patience={args.early_stopping_patience}, load_best_model_at_end=False",
+        )
     trainer = GradTransformerTrainer(model, args, train_dataset=splits["train"], eval_dataset=validation)
-    checkpoint = get_last_checkpoint(args.output_dir) if resume and Path(args.output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    checkpoint = last_whole_checkpoint(args.output_dir, remove_others=args.should_save) if resume else None
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model()
     heldout = trainer.measure(test) if test is not None and len(test) else None
     return trainer, heldout
