@@ -82,6 +82,13 @@ class RootFactsRecord(TypedDict):
 
 
 @_open
+class RootReferenceRecord(TypedDict):
+    """The root that an adapter says that it started from."""
+
+    fingerprint: NotRequired[Digest]
+
+
+@_open
 class RootRecord(RootFactsRecord):
     """`root.json`."""
 
@@ -135,7 +142,7 @@ class AdapterMetadataRecord(TypedDict):
     """`grad_transformer.json` beside an adapter. The privacy statement is read by `adapters/privacy.py`."""
 
     format_version: NotRequired[Positive]
-    root: NotRequired[RootFactsRecord]
+    root: NotRequired[RootReferenceRecord]
     mapper: NotRequired[OriginRecord | None]
     num_examples: NotRequired[Count | None]
     generated: NotRequired[GeneratedRecord]
