@@ -85,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if command not in COMMAND_NAMES:
             raise _unknown_command(command)
-        if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") in ("1", "ON", "YES", "TRUE"):
-            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        # Bars over rows that are read in moments.
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         # Only now, as for everything that a command needs: `--help` and `--version` wait for none of it.
         script = importlib.import_module(f".scripts.{command}", __package__)
         own_arguments, output = script.make_parser().parse_command(rest)

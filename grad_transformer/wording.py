@@ -73,7 +73,7 @@ def one_line(text: object, most: int = MAX_VALUE_CHARACTERS) -> str:
 def describe_seconds(seconds: float) -> str:
     """A duration as people say it: `0.4 s`, `50 s`, `3 min 20 s`, `15 h`, `2 h 10 min`, `60 days`."""
     if seconds < 10:
-        return f"{seconds:.1f} s" if seconds >= 0.05 else "less than 0.1 s"
+        return f"{seconds:.2g} s" if seconds >= 0.05 else "less than 0.1 s"
     if seconds < 59.5:
         return f"{seconds:.0f} s"
     if seconds < 3570:

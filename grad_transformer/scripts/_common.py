@@ -44,6 +44,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -159,6 +160,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Called by argparse, which would print the usage and exit."""
+        message = _SAME_WITH_HYPHENS.sub(r"\1", message)
         raise UsageError(f"{message[:1].upper()}{message[1:]}.", remedy=f"see `{self.prog} --help`")
 
     def _parse_flags(self, arguments: Sequence[str]) -> list[Any]:
@@ -251,6 +253,7 @@ class CommandParser(argparse.ArgumentParser):
 # Names of torch's dtypes that weights can be computed in.
 FLOAT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
+_SAME_WITH_HYPHENS = re.compile(r"(--\w+)/--[\w-]+")
 _HELP_ALL = "Show all arguments, also those of transformers' TrainingArguments."
 
 

@@ -59,6 +59,8 @@ def _add_field(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
             options.update(nargs="?", const=True)
     elif _is(kind, list):
         options["nargs"] = "+"
+        # argparse would convert text as one of the items.
+        default = None if isinstance(default, str) else default
     elif get_origin(kind) is Literal:
         options["choices"] = list(get_args(kind))
     elif _is_enum(kind):

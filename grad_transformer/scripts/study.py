@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..errors import UsageError
 from ..outputs import prepare_output
 from ..study.spec import StudySpec
 from ..wording import describe_bytes, describe_seconds
@@ -51,6 +52,8 @@ def main(args: StudyArguments, given: StudySpec) -> CommandResult:
     from ..study.summary import STUDY_MARKDOWN_NAME, write_study
     from ..study.tables import verdicts
 
+    if args.num_workers < 1:
+        raise UsageError("There must be a process.", expected="--num_workers of at least 1", found=args.num_workers)
     spec = check_study(given.filled(list(EXPERIMENTS)))
     experiments = experiments_of(spec.experiments)
     needed = {

@@ -23,7 +23,7 @@ from ..constants import FORMAT_VERSION, PLAN_NAME, SOURCE_FOLDER, TARGET_FOLDER
 from ..errors import PlanError
 from ..finetuning import FineTuningRecipe
 from ..schemas import PlanRecord
-from ..wording import describe_bytes
+from ..wording import describe_bytes, one_line
 
 
 logger = logging.get_logger(__name__)
@@ -126,9 +126,9 @@ class ShadowPlan:
             examples = side.recipe.num_examples * len(self.runs)
             size = 4 * side.numel * len(side.recipe.snapshot_steps()) * len(self.runs)
             lines.append(
-                f"{name:<7}{side.root['base_model']}: {side.recipe.max_steps * len(self.runs):,} optimizer steps, "
-                f"{examples:,} rows read (at most {examples * side.recipe.max_length:,} tokens), "
-                f"{describe_bytes(size)} of run files"
+                f"{name:<7}{one_line(side.root['base_model'])}\n"
+                f"       {side.recipe.max_steps * len(self.runs):,} optimizer steps, {examples:,} rows read "
+                f"(at most {examples * side.recipe.max_length:,} tokens), {describe_bytes(size)} of run files"
             )
         return "\n".join(lines)
 
