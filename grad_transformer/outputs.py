@@ -228,11 +228,13 @@ def disk_error(error: BaseException) -> OutputError | None:
 
 
 def _refused(cause: BaseException, path: object) -> OutputError:
-    said = (getattr(cause, "strerror", None) or str(cause)).strip().splitlines()
+    # torch says only that fewer bytes arrived than it wrote.
+    short = isinstance(cause, RuntimeError)
+    said = [] if short else (getattr(cause, "strerror", None) or str(cause)).strip().splitlines()
     return OutputError(
         "The system refused to read or write a file.",
         path=None if path is None else str(path),
-        found=said[0][:200] if said else type(cause).__name__,
+        found="a file that ended too early, as on a full disk" if short else said[0][:200] if said else None,
         remedy="free space, or see that the place may be written to, and run the same command again: "
         "what was finished is kept",
     )

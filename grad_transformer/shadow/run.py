@@ -21,7 +21,7 @@ from ..constants import RUNS_FOLDER
 from ..errors import GradTransformerError, IncompleteArtifactError, PlanError, UsageError
 from ..finetuning import FineTuningRecipe, SftResult, attach_root, load_base, load_rows, run_sft, tokenize_rows
 from ..locks import sole_writer
-from ..outputs import holds, try_writing
+from ..outputs import disk_error, holds, try_writing
 from .batched import run_batched
 from .batches import FineTuneJob
 from .executors import ExecutorName, Group, make_workers, spread
@@ -347,7 +347,10 @@ def do_group(
         ids = [shadow_id for shadow_id in shadow_ids if shadow_id in missing]
         for shadow_id, result in zip(ids, side.fine_tune(ids, **settings), strict=True):
             write_run(side.plan, plan_dir, role, shadow_id, result, engine=settings["engine"])
-    except GradTransformerError as error:
+    except Exception as cause:
+        error = cause if isinstance(cause, GradTransformerError) else disk_error(cause)
+        if error is None:
+            raise
         return error.to_dict()
     return None
 

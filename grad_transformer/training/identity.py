@@ -32,7 +32,6 @@ from .trainer_arguments import GradTransformerTrainingArguments
 _LEFT = (
     *("config.json", "model*.safetensors", "model.safetensors.index.json", SOURCE_FOLDER, TARGET_FOLDER),
     *("checkpoint-*", "training_args.json", TRAINING_LOG_NAME, HELDOUT_NAME, SHIFT_NAME, SHIFT_TENSORS_NAME),
-    TRAINING_IDENTITY_NAME,
 )
 # Arguments that change how a training is run, logged or kept, not what comes out. All others do.
 _HOW = (
@@ -89,11 +88,11 @@ class TrainingIdentity:
         Raises:
             [`OutputError`]: trained on another dataset, with other arguments, or it is not known with what.
         """
+        if not any(any(Path(folder).glob(pattern)) for pattern in _LEFT):
+            return None  # at most the identity of a training that left nothing
         path = Path(folder) / TRAINING_IDENTITY_NAME
         remedy = "choose another --output_dir, or train anew with --overwrite_output_dir, which removes what is there"
         if not path.is_file():
-            if not any(any(Path(folder).glob(pattern)) for pattern in _LEFT):
-                return None
             raise OutputError(
                 "The folder holds a mapper that does not say what it was trained with.",
                 path=folder,
@@ -120,12 +119,11 @@ class TrainingIdentity:
             theirs = known.get(part)
             if not isinstance(theirs, dict):
                 return [(part, "not recorded", "recorded")]
-            names = [name for name in mine if name in theirs and theirs[name] != mine[name]]
-            if part == "dataset":
-                names = [name for name in mine if theirs.get(name) != mine[name]]
-                found += [(f"dataset {name}", str(theirs.get(name))[:12], mine[name][:12]) for name in names]
-            else:
+            if part != "dataset":
+                names = [name for name in mine if name in theirs and theirs[name] != mine[name]]
                 found += [(name, theirs[name], mine[name]) for name in names]
+            elif theirs != mine:
+                found.append((part, str(theirs.get("fingerprint"))[:12], mine["fingerprint"][:12]))
         return found
 
     def write(self, folder: str | Path, result: Mapping[str, Any] | None = None) -> None:
@@ -136,7 +134,7 @@ class TrainingIdentity:
 
 def remove_training(folder: str | Path) -> None:
     """Remove what a training leaves in its folder; what others have put there stays."""
-    for pattern in _LEFT:
+    for pattern in (*_LEFT, TRAINING_IDENTITY_NAME):
         for path in sorted(Path(folder).glob(pattern)):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import multiprocessing
 import os
@@ -129,6 +130,18 @@ def test_a_group_does_only_what_is_missing_and_reports_errors_as_data(tmp_path: 
     failure = do_group(str(plan_dir), "target", ids, options)
     assert failure is not None
     assert failure["error"] == "PlanError"
+
+
+def test_a_full_disk_of_a_worker_is_told_and_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    plan_dir = make_plan(tmp_path, 2)
+    monkeypatch.setattr("grad_transformer.shadow.run.write_run", full)
+    options = {"engine": "batched", "adapters_per_batch": 2, "dtype": "auto", "device": None}
+    failure = do_group(str(plan_dir), "source", ["shadow-00000"], options)
+    assert failure is not None
+    assert (failure["error"], failure["found"]) == ("OutputError", os.strerror(errno.ENOSPC))
 
 
 def kill_when(condition: Callable[[], bool], process_id: Callable[[], int], killed: list[int]) -> threading.Thread:

@@ -117,7 +117,7 @@ def test_another_dataset_in_a_used_folder_is_refused_or_trained_anew(other: Path
     before = contents(copy)
     with pytest.raises(OutputError, match="another training") as caught:
         run(other, copy)
-    assert "dataset plan_fingerprint" in str(caught.value.found)
+    assert str(caught.value.expected) == f"dataset {load_delta_dataset(other).fingerprint[:12]}"
     assert contents(copy) == before
     (copy / "notes.txt").write_text("mine")
     assert not run(other, copy, overwrite=True)["finished_before"]
@@ -131,6 +131,13 @@ def test_a_mapper_that_does_not_say_what_it_was_trained_with_is_not_resumed(data
     (copy / "training_identity.json").unlink()
     with pytest.raises(OutputError, match="does not say"):
         run(dataset, copy)
+
+
+def test_a_training_that_left_nothing_holds_no_folder(dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="do not divide"):
+        run(dataset, tmp_path, mapper={"num_heads": 3})
+    assert (tmp_path / "training_identity.json").is_file()
+    assert run(dataset, tmp_path)["steps"] == 4
 
 
 def test_a_folder_of_something_else_is_refused(dataset: Path, roots: tuple[Root, Root], tmp_path: Path) -> None:
