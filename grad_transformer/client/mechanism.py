@@ -21,7 +21,16 @@ from torch import nn
 from torch.utils.data import Sampler
 
 from ..errors import RecipeError, UsageError
-from .arguments import MAX_DELTA, MAX_EPSILON, MIN_DELTA, MIN_EPSILON, AccountantName, Gradients, NoisePlan, PrivacyArguments
+from .arguments import (
+    MAX_DELTA,
+    MAX_EPSILON,
+    MIN_DELTA,
+    MIN_EPSILON,
+    AccountantName,
+    Gradients,
+    NoisePlan,
+    PrivacyArguments,
+)
 from .secure_random import SecureRandom
 
 
@@ -243,14 +252,13 @@ def coarse_rate(rate: float) -> float:
 
 
 @lru_cache(maxsize=64)
-def plan_noise(privacy: PrivacyArguments, num_units: int, steps: int, rows_per_step: int) -> NoisePlan:
+def plan_noise(privacy: PrivacyArguments, num_units: int, steps: int) -> NoisePlan:
     """What the mechanism will do to so many examples (or groups) in so many steps.
 
     Args:
-        privacy ([`PrivacyArguments`]): the budget, or the noise.
+        privacy ([`PrivacyArguments`]): the budget, or the noise, with a batch size.
         num_units (`int`): examples, or groups.
         steps (`int`): noisy steps.
-        rows_per_step (`int`): the batch size where `privacy` has none.
 
     Raises:
         [`UsageError`]: delta is one over the number of units or more, or no noise meets the budget, or the noise
@@ -263,7 +271,8 @@ def plan_noise(privacy: PrivacyArguments, num_units: int, steps: int, rows_per_s
             found=f"delta={privacy.delta:g}",
             remedy=f"say {0.1 / num_units:.0e} or less",
         )
-    batch_size, delta = privacy.batch_size or rows_per_step, privacy.delta
+    batch_size, delta = privacy.batch_size, privacy.delta
+    assert batch_size is not None
     rate = coarse_rate(batch_size / num_units)
     epsilon, noise = privacy.epsilon, privacy.noise_multiplier
     if noise == 0:
@@ -281,9 +290,7 @@ def plan_noise(privacy: PrivacyArguments, num_units: int, steps: int, rows_per_s
     accountant = accountant_for(privacy.accountant, epsilon=epsilon, delta=delta, steps=steps)
     if noise is None:
         noise = noise_multiplier_for(epsilon, delta, sample_rate=rate, steps=steps, accountant=accountant)
-    return NoisePlan(
-        rate, batch_size, noise, steps, accountant, epsilon_of([(noise, rate, steps)], delta, accountant)
-    )
+    return NoisePlan(rate, batch_size, noise, steps, accountant, epsilon_of([(noise, rate, steps)], delta, accountant))
 
 
 def noise_multiplier_for(

@@ -64,7 +64,7 @@ class SecureRandom:
         return values.mul_(std / math.sqrt(_DRAWS)).view(*shape)
 
     def sample(self, count: int, size: int) -> list[int]:
-        """`size` different numbers below `count`, each set as likely as any other; all of them where there are fewer."""
+        """`size` different numbers below `count`, each set equally likely; all of them where there are fewer."""
         if count <= size:
             return list(range(count))
         return self.uniform(count).argsort()[:size].tolist()

@@ -16,13 +16,14 @@ STATEMENT = PrivacyStatement(
     delta=1e-5,
     accountant="prv",
     epsilon_rdp=1.2,
-    noise_multiplier=1.7,
+    noise_multiplier=2.85,
     max_grad_norm=0.5,
     sample_rate=0.0625,
     expected_batch_size=16,
     steps=120,
     planned_steps=120,
     target_epsilon=1.0,
+    random_generator="aes-256-ctr",
 )
 
 
@@ -36,7 +37,7 @@ def test_statement_survives_json_and_its_words_are_never_taken_over():
 
 def test_words_say_every_fact_that_a_reader_must_sign():
     text = STATEMENT.to_markdown()
-    for fact in ("0.987", "1e-05", "0.0625", "120", "1.7", "0.5", "PRV", "adding or removing one example", "Poisson"):
+    for fact in ("0.987", "1e-05", "0.0625", "120", "2.85", "0.5", "PRV", "adding or removing one example", "AES-256"):
         assert fact in text
     for limit in ("trying several", "Other releases", "Several examples of one person"):
         assert limit in text
