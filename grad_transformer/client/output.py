@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from ..files import read_json
 
 
 _OWN_FILES = {ADAPTER_CONFIG_NAME, ADAPTER_METADATA_NAME, ADAPTER_WEIGHTS_NAME, CARD_NAME, ORIGIN_NAME}
-_SPARE_BYTES = 2**20
+_SPARE_BYTES = 2**16
+_DISK_WORDS = re.compile("StreamWriter|write failed|No space left|Read-only")
 
 
 def check_output_dir(
@@ -55,7 +57,7 @@ def check_output_dir(
             pass
         free = shutil.disk_usage(place).free
     # Twice: an adapter that is there is replaced only once the new one is whole.
-    if free < 2 * bytes_needed + _SPARE_BYTES // 16:
+    if free < 2 * bytes_needed + _SPARE_BYTES:
         raise UsageError(
             "There is too little space for the adapter.",
             path=folder,
@@ -113,7 +115,7 @@ def storage_errors(path: str | Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as cause:
         # torch reports what the disk refused as a RuntimeError of its archive writer.
-        if isinstance(cause, RuntimeError) and not any(word in str(cause) for word in ("Writer", "write")):
+        if isinstance(cause, RuntimeError) and not _DISK_WORDS.search(str(cause)):
             raise
         raise UsageError(
             "Writing failed.",

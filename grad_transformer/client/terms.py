@@ -147,5 +147,5 @@ def agree(terms: ClientTerms, accept_recipe: bool | Callable[[ClientTerms], bool
         "The terms of this fine-tune are unusual, and were not accepted.",
         expected="terms that are usual, or accepted",
         found="; ".join(UNUSUAL_TERMS[code] for code in terms.unusual),
-        remedy=f"if you trust the provider and mean it: --accept_recipe (accept_recipe=True)\n{terms.text()}",
+        remedy="if you trust the provider and mean it: --accept_recipe (accept_recipe=True)",
     )
