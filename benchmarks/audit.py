@@ -126,8 +126,14 @@ def main() -> None:
     for epsilon in args.epsilons:
         privacy = PrivacyArguments(epsilon=epsilon, delta=args.delta, max_grad_norm=1.0, batch_size=64)
         adapter, _, statement = finetune_client_privately(
-            tokenizer, rows, args.output / "audit" / f"{epsilon}", privacy=privacy, physical_batch_size=64
+            tokenizer,
+            rows,
+            args.output / "audit" / f"{epsilon}",
+            privacy=privacy,
+            physical_batch_size=64,
+            accept_recipe=True,
         )
+        assert statement is not None
         adapters.append(adapter)
         claims.append((f"DP-SGD, epsilon {epsilon:g}", statement.epsilon))
     before, *after = losses_of(tokenizer, [root.adapter, *adapters], canaries)

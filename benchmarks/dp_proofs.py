@@ -71,13 +71,13 @@ def gradients(lab: FinishedLab, rows: Any) -> list[list[Any]]:
                     known_seed=0,
                 )
                 trainer = make_trainer(lab, rows, physical, privacy)
-                batch = trainer._collate([trainer.train_dataset[index] for index in range(len(rows))])
-                ours = gradient_of_step(trainer, batch) * trainer.expected_batch_size
+                batch = trainer._collate([trainer._units[index] for index in range(len(rows))])
+                ours = gradient_of_step(trainer, dict(batch)) * trainer.noise.expected_batch_size
                 trainer._clipping.remove()
                 parameters = [p for p in trainer.model.parameters() if p.requires_grad]
                 expected = torch.zeros_like(ours)
                 for index in range(len(rows)):
-                    example = {name: value[index : index + 1] for name, value in batch.items()}
+                    example = {name: value[index : index + 1] for name, value in batch.items() if name != "unit"}
                     parts = torch.autograd.grad(example_losses(trainer.model, example).sum(), parameters)
                     gradient = torch.cat([part.flatten() for part in parts])
                     expected += gradient * min(1.0, max_norm / (float(gradient.norm()) + 1e-6))
@@ -88,12 +88,10 @@ def gradients(lab: FinishedLab, rows: Any) -> list[list[Any]]:
 def noise(lab: FinishedLab, rows: Any) -> list[list[Any]]:
     found = []
     for mode in ("hooks", "ghost"):
-        privacy = PrivacyArguments(
-            delta=1e-5, noise_multiplier=1.7, max_grad_norm=0.3, batch_size=8, gradients=mode, known_seed=0
-        )
+        privacy = PrivacyArguments(delta=1e-5, noise_multiplier=1.7, max_grad_norm=0.3, batch_size=8, gradients=mode)
         trainer = make_trainer(lab, rows, 8, privacy)
         empty = trainer._collate([])
-        values = torch.cat([gradient_of_step(trainer, empty) for _ in range(300)]) * 8
+        values = torch.cat([gradient_of_step(trainer, dict(empty)) for _ in range(300)]) * 8
         found.append([mode, len(values), float(values.double().var()) / (1.7 * 0.3) ** 2])
     return found
 

@@ -22,7 +22,7 @@ import torch
 from benchmarks.lab import FinishedLab, exact_match_of, markdown, score_many, write_result
 from grad_transformer import GradTransformer
 from grad_transformer.client import finetune_client
-from grad_transformer.client.mechanism import noise_multiplier_for
+from grad_transformer.client.mechanism import plan_noise
 from grad_transformer.client.private import PrivacyArguments, finetune_client_privately
 from grad_transformer.finetuning import FineTuningRecipe
 from grad_transformer.lab.inputs import NUM_DIGITS
@@ -75,20 +75,19 @@ def private_deltas(lab: FinishedLab, clients: list[list[Any]], args: argparse.Na
     for epsilon in EPSILONS:
         deltas, spent = [], []
         private = epsilon < float("inf")
-        rate, steps = args.batch_size / args.rows, recipe.max_steps
-        noise = noise_multiplier_for(epsilon, args.delta, sample_rate=rate, steps=steps) if private else 0.0
+        privacy, noise = None, 0.0
+        if private:
+            privacy = PrivacyArguments(
+                epsilon=epsilon, delta=args.delta, max_grad_norm=args.max_grad_norm, batch_size=args.batch_size
+            )
+            noise = plan_noise(privacy, args.rows, recipe.max_steps).noise_multiplier
         for index, rows in enumerate(clients):
             folder = args.output / "clients" / f"{epsilon}-{index}"
-            if private:
-                privacy = PrivacyArguments(
-                    delta=args.delta,
-                    noise_multiplier=noise,
-                    max_grad_norm=args.max_grad_norm,
-                    batch_size=args.batch_size,
-                )
+            if privacy is not None:
                 adapter, _, statement = finetune_client_privately(
-                    lab.source, rows, folder, privacy=privacy, physical_batch_size=args.batch_size
+                    lab.source, rows, folder, privacy=privacy, physical_batch_size=args.batch_size, accept_recipe=True
                 )
+                assert statement is not None
                 spent.append(statement.epsilon)
             else:
                 larger = recipe.replace(per_device_batch_size=args.batch_size)

@@ -130,12 +130,20 @@ class LoraAdapter:
         return LoraAdapter(dict(self.config), tensors, self.layout, dict(metadata or {}))
 
     def save_pretrained(self, save_directory: str | Path) -> Path:
-        """Write a folder that `PeftModel.from_pretrained(model, folder)` loads; `adapter_config.json` comes last."""
+        """Write a folder that `PeftModel.from_pretrained(model, folder)` loads; `adapter_config.json` comes last.
+
+        Of an adapter that is there before, config and weights go first: a process killed at any moment leaves no
+        weights beside what is said of others.
+        """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        save_tensors_atomic(folder / ADAPTER_WEIGHTS_NAME, self.tensors, {"format": "pt"})
+        for name in (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME):
+            (folder / name).unlink(missing_ok=True)
         if self.metadata:
             write_json_atomic(folder / ADAPTER_METADATA_NAME, self.metadata)
+        else:
+            (folder / ADAPTER_METADATA_NAME).unlink(missing_ok=True)
+        save_tensors_atomic(folder / ADAPTER_WEIGHTS_NAME, self.tensors, {"format": "pt"})
         write_json_atomic(folder / ADAPTER_CONFIG_NAME, {**self.config, "inference_mode": True})
         return folder
 

@@ -1,17 +1,15 @@
-"""The parts of DP-SGD: Poisson batches, per-example clipping, noise from a target epsilon, and the accountants.
+"""The parts of DP-SGD: Poisson batches, clipping by example or group, noise from a target epsilon, the accountants.
 
-Shape legend: B examples of one physical batch.
+Shape legend: B rows of one physical batch.
 """
 
 from __future__ import annotations
 
 import math
-import secrets
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Literal
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -23,50 +21,74 @@ from torch import nn
 from torch.utils.data import Sampler
 
 from ..errors import RecipeError, UsageError
+from .arguments import (
+    MAX_DELTA,
+    MAX_EPSILON,
+    MIN_DELTA,
+    MIN_EPSILON,
+    AccountantName,
+    Gradients,
+    NoisePlan,
+    PrivacyArguments,
+)
+from .secure_random import SecureRandom
 
 
-Gradients = Literal["hooks", "ghost"]
-AccountantName = Literal["prv", "rdp"]
 # (noise multiplier, sample rate, steps), as Opacus keeps it.
 History = list[tuple[float, float, int]]
 
 _ACCOUNTANTS = {"prv": PRVAccountant, "rdp": RDPAccountant}
 _RELATIVE_TOLERANCE = 5e-3
-_MAX_LOG_NOISE = 14.0
-
-
-def secret_generator(device: torch.device | str = "cpu", *, seed: int | None = None) -> torch.Generator:
-    """A generator seeded by the operating system; who knows the seed can take the noise away again.
-
-    Args:
-        device (`torch.device`): where it draws.
-        seed (`int`, *optional*): a known seed, for tests. The result is then not private.
-    """
-    return torch.Generator(device).manual_seed(secrets.randbits(63) if seed is None else seed)
+_MIN_LOG_NOISE, _MAX_LOG_NOISE = -3.0, 14.0
+# PRV's grid, which grows with the root of the number of steps and with the precision; a larger one takes minutes.
+_MAX_GRID_POINTS = 2**21
 
 
 class PoissonBatchSampler(Sampler[list[int]]):
-    """Each batch holds every example with the same probability, independently: batches differ in size, some are empty.
+    """Each batch holds every unit (an example, or a group of rows) with the same probability, independently: batches
+    differ in size, and some are empty.
 
     Args:
-        num_examples (`int`): of the data set.
+        num_units (`int`): of the data set.
         sample_rate (`float`): the probability.
         num_batches (`int`): batches of one pass over the sampler.
-        generator (`torch.Generator`): draws them; on the CPU.
+        random ([`SecureRandom`]): draws them.
     """
 
-    def __init__(self, num_examples: int, sample_rate: float, num_batches: int, generator: torch.Generator):
-        self.num_examples, self.sample_rate = num_examples, sample_rate
-        self.num_batches, self.generator = num_batches, generator
+    def __init__(self, num_units: int, sample_rate: float, num_batches: int, random: SecureRandom):
+        self.num_units, self.sample_rate = num_units, sample_rate
+        self.num_batches, self.random = num_batches, random
 
     def __len__(self) -> int:
         return self.num_batches
 
     def __iter__(self) -> Iterator[list[int]]:
         for _ in range(self.num_batches):
-            # float64: with float32's 24 bits the rate itself would be rounded.
-            draws = torch.rand(self.num_examples, generator=self.generator, dtype=torch.float64)
+            draws = self.random.uniform(self.num_units)
             yield (draws < self.sample_rate).nonzero(as_tuple=True)[0].tolist()
+
+
+class _SecretNoise:
+    """Opacus' optimizers with noise from a [`SecureRandom`], added in float64 before the sum is rounded."""
+
+    params: list[nn.Parameter]
+    noise_multiplier: float
+    max_grad_norm: float
+    random: SecureRandom
+
+    def add_noise(self) -> None:
+        for parameter in self.params:
+            summed = _left_by_opacus(parameter, "summed_grad")
+            noise = self.random.normal(summed.shape, self.noise_multiplier * self.max_grad_norm)
+            parameter.grad = noise.add_(summed.cpu()).to(summed).view_as(parameter)
+
+
+class _PrivateOptimizer(_SecretNoise, DPOptimizer):  # type: ignore[misc]
+    pass
+
+
+class _PrivateGhostOptimizer(_SecretNoise, DPOptimizerFastGradientClipping):  # type: ignore[misc]
+    pass
 
 
 class PerExampleClipping:
@@ -100,21 +122,31 @@ class PerExampleClipping:
         noise_multiplier: float,
         max_grad_norm: float,
         expected_batch_size: float,
-        generator: torch.Generator,
+        random: SecureRandom,
     ) -> DPOptimizer:
         """The optimizer that sums the clipped gradients, adds noise, and divides by the expected batch size."""
-        kind = DPOptimizerFastGradientClipping if self.mode == "ghost" else DPOptimizer
-        return kind(
+        kind = _PrivateGhostOptimizer if self.mode == "ghost" else _PrivateOptimizer
+        private = kind(
             optimizer,
             noise_multiplier=noise_multiplier,
             max_grad_norm=max_grad_norm,
             expected_batch_size=expected_batch_size,
             loss_reduction="mean",
-            generator=generator,
         )
+        private.random = random
+        return private
 
-    def backward(self, losses_B: torch.Tensor, optimizer: DPOptimizer) -> None:
-        """Leave the per-example gradients of one physical batch (in ghost mode their clipped sum) to the optimizer."""
+    def backward(
+        self, losses_B: torch.Tensor, optimizer: DPOptimizer, *, unit_of_row_B: torch.Tensor | None = None
+    ) -> None:
+        """Leave the per-example gradients of one physical batch (in ghost mode their clipped sum) to the optimizer.
+
+        Args:
+            losses_B (`torch.Tensor`): the rows' losses.
+            optimizer: from [`~PerExampleClipping.wrap`].
+            unit_of_row_B (`torch.Tensor`, *optional*): number of each row's group, from 0. The gradients of a group's
+                rows are added up before they are clipped, so a group has to lie in one physical batch.
+        """
         if self.mode == "ghost":
             DPTensorFastGradientClipping(self.hooks, optimizer, losses_B, "sum").backward()
             counts = {len(_left_by_opacus(parameter, "_norm_sample")) for parameter in self.parameters}
@@ -128,6 +160,22 @@ class PerExampleClipping:
                 found=sorted(counts),
                 remedy="leave such layers (mixtures of experts) out of the root's target_modules",
             )
+        if unit_of_row_B is not None:
+            assert self.mode == "hooks"
+            for parameter in self.parameters:
+                by_row = _left_by_opacus(parameter, "grad_sample")
+                by_unit = by_row.new_zeros((int(unit_of_row_B.max()) + 1, *parameter.shape))
+                setattr(parameter, "grad_sample", by_unit.index_add_(0, unit_of_row_B, by_row))  # noqa: B010
+
+    def set_training(self) -> None:
+        """Only the trained layers are in training mode, which Opacus' hooks need.
+
+        Dropout is off: its masks go by a row's place in the batch, so that one row less would change those of others.
+        """
+        self.model.eval()
+        for module in self.model.modules():
+            if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+                module.train()
 
     def no_examples(self) -> None:
         """What `backward` leaves for an empty batch: a step like any other, whose sum is 0 and whose noise is not."""
@@ -184,7 +232,65 @@ def epsilon_of(history: History, delta: float, accountant: AccountantName = "prv
             return bound
         if accountant != "prv":
             raise UsageError("There is no such accountant.", expected="prv or rdp", found=accountant)
-        return _measured("prv", history, delta, eps_error=min(0.01, max(_RELATIVE_TOLERANCE * bound, 1e-4)))
+        return _measured("prv", history, delta, eps_error=max(_RELATIVE_TOLERANCE * bound, 1e-4))
+
+
+def accountant_for(asked: AccountantName, *, epsilon: float, delta: float, steps: int) -> AccountantName:
+    """The accountant that is asked for, but Rényi accounting where PRV's grid would be too large: for tens of
+    thousands of steps, or a tiny epsilon in thousands of them."""
+    precision = max(_RELATIVE_TOLERANCE * epsilon, 1e-4)
+    points = (6 + 2 * epsilon) / precision * math.sqrt(steps / 2 * math.log(12e3 / delta))
+    return "rdp" if points > _MAX_GRID_POINTS else asked
+
+
+def coarse_rate(rate: float) -> float:
+    """The rate, rounded to a power of the fourth root of two, and at most 1.
+
+    Batch size over number of rows would state the number of rows to everyone; so it is known to a tenth.
+    """
+    return min(1.0, 2.0 ** (round(4 * math.log2(rate)) / 4))
+
+
+@lru_cache(maxsize=64)
+def plan_noise(privacy: PrivacyArguments, num_units: int, steps: int) -> NoisePlan:
+    """What the mechanism will do to so many examples (or groups) in so many steps.
+
+    Args:
+        privacy ([`PrivacyArguments`]): the budget, or the noise, with a batch size.
+        num_units (`int`): examples, or groups.
+        steps (`int`): noisy steps.
+
+    Raises:
+        [`UsageError`]: delta is one over the number of units or more, or no noise meets the budget, or the noise
+            given leaves no bound worth the name.
+    """
+    if privacy.delta * num_units >= 1:
+        raise UsageError(
+            f"With this delta a whole {privacy.unit} could be published within the bound.",
+            expected=f"delta well below one over the number of {privacy.unit}s, {1 / num_units:.2g}",
+            found=f"delta={privacy.delta:g}",
+            remedy=f"say {0.1 / num_units:.0e} or less",
+        )
+    batch_size, delta = privacy.batch_size, privacy.delta
+    assert batch_size is not None
+    rate = coarse_rate(batch_size / num_units)
+    epsilon, noise = privacy.epsilon, privacy.noise_multiplier
+    if noise == 0:
+        return NoisePlan(rate, batch_size, 0.0, steps, privacy.accountant, None)
+    if noise is not None:
+        epsilon = epsilon_of([(noise, rate, steps)], delta, "rdp")
+        if epsilon > 2 * MAX_EPSILON:
+            raise UsageError(
+                "The noise is too small for a bound that means anything.",
+                expected=f"epsilon up to {MAX_EPSILON:g}",
+                found=f"noise_multiplier={noise:g}: epsilon about {epsilon:.3g}",
+                remedy="raise noise_multiplier, or give epsilon",
+            )
+    assert epsilon is not None
+    accountant = accountant_for(privacy.accountant, epsilon=epsilon, delta=delta, steps=steps)
+    if noise is None:
+        noise = noise_multiplier_for(epsilon, delta, sample_rate=rate, steps=steps, accountant=accountant)
+    return NoisePlan(rate, batch_size, noise, steps, accountant, epsilon_of([(noise, rate, steps)], delta, accountant))
 
 
 def noise_multiplier_for(
@@ -195,17 +301,23 @@ def noise_multiplier_for(
     Raises:
         [`UsageError`]: a budget, rate or number of steps out of range, or a budget that no noise meets.
     """
-    if not 0 < epsilon < math.inf or not 0 < delta < 1 or not 0 < sample_rate <= 1 or steps < 1:
+    if (
+        not MIN_EPSILON <= epsilon <= MAX_EPSILON
+        or not MIN_DELTA <= delta <= MAX_DELTA
+        or not 0 < sample_rate <= 1
+        or steps < 1
+    ):
         raise UsageError(
             "No noise can be chosen for this budget.",
-            expected="0 < epsilon, 0 < delta < 1, 0 < sample rate <= 1, at least one step",
+            expected=f"epsilon {MIN_EPSILON:g} to {MAX_EPSILON:g}, delta {MIN_DELTA:g} to {MAX_DELTA:g}, 0 < sample "
+            "rate <= 1, at least one step",
             found=f"epsilon={epsilon}, delta={delta}, sample rate={sample_rate}, steps={steps}",
         )
 
     def spent(name: AccountantName, noise: float) -> float:
         return epsilon_of([(noise, sample_rate, steps)], delta, name)
 
-    if accountant == "rdp":
+    if accountant_for(accountant, epsilon=epsilon, delta=delta, steps=steps) == "rdp":
         return _least_noise(partial(spent, "rdp"), epsilon, 1.0)
     # A start of the right size: what noise of standard deviation s costs is about rate * sqrt(steps) / s.
     rough = 4 * sample_rate * math.sqrt(steps * math.log(1.25 / delta)) / epsilon
@@ -221,17 +333,17 @@ def _least_noise(spent: Callable[[float], float], epsilon: float, start: float) 
     points: list[tuple[float, float]] = []  # (log noise, log epsilon)
     position, enough = math.log(start), math.inf
     for _ in range(40):
-        if abs(position) > _MAX_LOG_NOISE:
+        if position > _MAX_LOG_NOISE:
             break
         used = spent(math.exp(position))
         if used <= epsilon:
             enough = min(enough, position)
-            if used > (1 - _RELATIVE_TOLERANCE) * epsilon:
+            if used > (1 - _RELATIVE_TOLERANCE) * epsilon or position <= _MIN_LOG_NOISE:
                 break
-        points.append((position, math.log(used)))
+        points.append((position, math.log(max(used, 1e-9))))
         (x1, y1), (x0, y0) = points[-1], points[-2] if len(points) > 1 else (points[-1][0] + 1.0, points[-1][1] - 1.0)
         slope = min((y1 - y0) / (x1 - x0) if x1 != x0 else -1.0, -0.2)
-        position = x1 + max(-1.0, min(1.0, (goal - y1) / slope))
+        position = max(x1 + max(-1.0, min(1.0, (goal - y1) / slope)), _MIN_LOG_NOISE)
     if enough == math.inf:
         raise UsageError("No noise meets this budget.", found=f"epsilon={epsilon}", remedy="raise epsilon or delta")
     return math.exp(enough)

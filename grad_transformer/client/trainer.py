@@ -1,16 +1,16 @@
 """`PrivateSFTTrainer`: DP-SGD inside TRL's trainer.
 
 A step of the trainer is one noisy step of the mechanism. Its batch is a Poisson sample of any size, which
-`training_step` cuts into physical batches; Opacus clips the gradient of every example, sums them over all physical
-batches, adds noise once and steps. Nothing of the trainer's loop is copied.
+`training_step` cuts into physical batches; Opacus clips the gradient of every example (or group of rows) and sums them
+over all physical batches, noise is added once, and the optimizer steps. Nothing of the trainer's loop is copied.
 
-Shape legend: B examples of one physical batch, T tokens, V vocabulary.
+Shape legend: B rows of one physical batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,75 +22,18 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from ..adapters.io import read_record, write_json_atomic
 from ..adapters.privacy import PrivacyStatement
-from ..constants import FORMAT_VERSION
 from ..errors import UsageError
 from ..finetuning.data import IGNORED_LABEL
-from ..schemas import AccountingRecord
-from .mechanism import (
-    AccountantName,
-    Gradients,
-    History,
-    PerExampleClipping,
-    PoissonBatchSampler,
-    epsilon_of,
-    noise_multiplier_for,
-    secret_generator,
-)
+from .arguments import PrivacyArguments
+from .checkpoints import read_history, write_manifest
+from .groups import Units, physical_batches
+from .mechanism import History, PerExampleClipping, PoissonBatchSampler, epsilon_of, plan_noise
+from .progress import show_steps
+from .secure_random import SecureRandom
 
 
-ACCOUNTING_NAME = "privacy_accounting.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrivacyArguments:
-    """The budget of a fine-tune, and how it is spent.
-
-    Args:
-        epsilon (`float`, *optional*), delta (`float`): the budget; the noise is chosen for it.
-        noise_multiplier (`float`, *optional*): the noise itself, instead of epsilon.
-        max_grad_norm (`float`, *optional*, defaults to 1.0): clipping norm of one example's gradient.
-        batch_size (`int`, *optional*): expected size of a batch; default: the recipe's rows per step.
-        gradients (`str`, *optional*, defaults to `"hooks"`): `"hooks"` or `"ghost"`; the same mechanism.
-        accountant (`str`, *optional*, defaults to `"prv"`): `"prv"` or `"rdp"`.
-        allow_early_stopping (`bool`, *optional*, defaults to `False`): let private rows, without noise, decide when to
-            stop. The bound does not cover those rows, and the adapter says so.
-        known_seed (`int`, *optional*): makes noise and batches repeatable, and the result *not private*: for tests.
-
-    Raises:
-        [`UsageError`]: neither or both of epsilon and noise, or a value out of range.
-    """
-
-    delta: float
-    epsilon: float | None = None
-    noise_multiplier: float | None = None
-    max_grad_norm: float = 1.0
-    batch_size: int | None = None
-    gradients: Gradients = "hooks"
-    accountant: AccountantName = "prv"
-    allow_early_stopping: bool = False
-    known_seed: int | None = None
-
-    def __post_init__(self) -> None:
-        checks = {
-            "epsilon": (self.epsilon is None) != (self.noise_multiplier is None)
-            and (self.epsilon is None or 0 < self.epsilon < float("inf")),
-            "delta": 0 < self.delta < 1,
-            "noise_multiplier": self.noise_multiplier is None or 0 <= self.noise_multiplier < float("inf"),
-            "max_grad_norm": 0 < self.max_grad_norm < float("inf"),
-            "batch_size": self.batch_size is None or self.batch_size >= 1,
-            "gradients": self.gradients in ("hooks", "ghost"),
-            "accountant": self.accountant in ("prv", "rdp"),
-        }
-        for name, holds in checks.items():
-            if not holds:
-                raise UsageError(
-                    f"`{name}` of the privacy arguments is out of range.",
-                    expected="epsilon > 0 or a noise_multiplier >= 0 but not both, 0 < delta < 1, max_grad_norm > 0, "
-                    "batch_size >= 1, gradients hooks or ghost, accountant prv or rdp",
-                    found=getattr(self, name),
-                )
+__all__ = ["PrivacyArguments", "PrivateSFTTrainer", "example_losses"]
 
 
 class PrivateSFTTrainer(SFTTrainer):
@@ -102,11 +45,14 @@ class PrivateSFTTrainer(SFTTrainer):
             `max_steps` the number of noisy steps. `max_grad_norm` must be 0: clipping is per example.
         train_dataset (`datasets.Dataset`): `input_ids` and `labels`, see [`tokenize_rows`]. One row is one example.
         privacy ([`PrivacyArguments`]): the budget.
+        groups (`Sequence[Sequence[int]]`, *optional*): numbers of each group's rows, where a group and not a row is
+            what the bound is about.
         eval_dataset (`datasets.Dataset`, *optional*): rows for evaluation; private ones may not decide when to stop.
         trainer_kwargs: other arguments of `SFTTrainer`.
 
     The loss of an example is the mean over its own completion tokens. `train(resume_from_checkpoint=...)` goes on with
-    the steps that the checkpoint's accounting has; steps that were lost with a crash were seen by nobody.
+    the steps that the checkpoint's accounting has, and with fresh random numbers; steps that were lost with a crash
+    were seen by nobody.
 
     Raises:
         [`UsageError`]: arguments that DP-SGD does not allow, or early stopping on private rows without being told so.
@@ -121,10 +67,16 @@ class PrivateSFTTrainer(SFTTrainer):
         train_dataset: Dataset,
         processing_class: PreTrainedTokenizerBase,
         privacy: PrivacyArguments,
+        groups: Sequence[Sequence[int]] | None = None,
         eval_dataset: Dataset | None = None,
         **trainer_kwargs: Any,
     ):
+        if privacy.batch_size is None:
+            privacy = dataclasses.replace(privacy, batch_size=args.per_device_train_batch_size)
         self.privacy = privacy
+        # In no checkpoint: a run that goes on takes another.
+        self._random = SecureRandom(known_seed=privacy.known_seed)
+        assert (groups is None) == (privacy.group_column is None)
         self._check_arguments(args, trainer_kwargs.get("callbacks") or ())
         super().__init__(
             model=model,
@@ -136,19 +88,10 @@ class PrivateSFTTrainer(SFTTrainer):
         )
         if self.args.world_size > 1:
             raise UsageError("DP-SGD runs on one process.", expected="one process", found=self.args.world_size)
-        self.expected_batch_size = min(privacy.batch_size or args.per_device_train_batch_size, len(train_dataset))
-        self.sample_rate = self.expected_batch_size / len(train_dataset)
-        if privacy.noise_multiplier is not None:
-            self.noise_multiplier = privacy.noise_multiplier
-        else:
-            assert privacy.epsilon is not None
-            self.noise_multiplier = noise_multiplier_for(
-                privacy.epsilon,
-                privacy.delta,
-                sample_rate=self.sample_rate,
-                steps=args.max_steps,
-                accountant=privacy.accountant,
-            )
+        show_steps(self)
+        rows = self.train_dataset.select_columns(["input_ids", "labels"])
+        self._units = Units(rows, groups, max_rows=privacy.max_rows_per_group, random=self._random)
+        self.noise = plan_noise(privacy, len(self._units), args.max_steps)
         self.history: History = []
         self.step_losses: list[float] = []
         self._clipping: PerExampleClipping | None = None
@@ -207,22 +150,18 @@ class PrivateSFTTrainer(SFTTrainer):
             self._clipping = None
 
     def get_train_dataloader(self) -> DataLoader:
-        sampler = PoissonBatchSampler(
-            len(self.train_dataset),
-            self.sample_rate,
-            self.args.max_steps,
-            secret_generator(seed=self.privacy.known_seed),
-        )
-        rows = _Rows(self.train_dataset.select_columns(["input_ids", "labels"]))
-        return DataLoader(rows, batch_sampler=sampler, collate_fn=self._collate)
+        sampler = PoissonBatchSampler(len(self._units), self.noise.sample_rate, self.args.max_steps, self._random)
+        return DataLoader(self._units, batch_sampler=sampler, collate_fn=self._collate)
 
-    def _collate(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def _collate(self, units: Sequence[Sequence[Mapping[str, list[int]]]]) -> dict[str, torch.Tensor]:
+        rows = [row for unit in units for row in unit]
         longest = max((len(row["input_ids"]) for row in rows), default=1)
         pad = self.processing_class.pad_token_id or 0
         batch = {
             "input_ids": torch.full((len(rows), longest), pad, dtype=torch.int64),
             "attention_mask": torch.zeros(len(rows), longest, dtype=torch.int64),
             "labels": torch.full((len(rows), longest), IGNORED_LABEL, dtype=torch.int64),
+            "unit": torch.tensor([index for index, unit in enumerate(units) for _ in unit], dtype=torch.int64),
         }
         for index, row in enumerate(rows):
             length = len(row["input_ids"])
@@ -234,13 +173,12 @@ class PrivateSFTTrainer(SFTTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
         assert self._clipping is not None and not isinstance(optimizer, DPOptimizer)
-        seed = None if self.privacy.known_seed is None else self.privacy.known_seed + 1
         self.optimizer = self._clipping.wrap(
             optimizer,
-            noise_multiplier=self.noise_multiplier,
+            noise_multiplier=self.noise.noise_multiplier,
             max_grad_norm=self.privacy.max_grad_norm,
-            expected_batch_size=self.expected_batch_size,
-            generator=secret_generator(self.args.device, seed=seed),
+            expected_batch_size=self.noise.expected_batch_size,
+            random=self._random,
         )
         self.optimizer.attach_step_hook(self._count_step)
         self._private_optimizer = self.optimizer
@@ -251,29 +189,34 @@ class PrivateSFTTrainer(SFTTrainer):
     ) -> torch.Tensor:
         """The clipped gradients of one Poisson batch, physical batch after physical batch."""
         assert self._clipping is not None
-        model.train()
+        self._clipping.set_training()
         inputs = self._prepare_inputs(inputs)
-        optimizer, size = self._private_optimizer, self.args.per_device_train_batch_size
+        optimizer, unit_of_row_B = self._private_optimizer, inputs.pop("unit")
         optimizer.zero_grad()
-        num_examples = len(inputs["input_ids"])
+        parts = physical_batches(unit_of_row_B, self.args.per_device_train_batch_size)
         loss = torch.zeros((), device=self.args.device)
-        if num_examples == 0:
+        if not parts:
             self._clipping.no_examples()
-        for start in range(0, num_examples, size):
-            physical = {name: value[start : start + size] for name, value in inputs.items()}
-            losses_B = example_losses(model, physical)
-            self._clipping.backward(losses_B, optimizer)
+        for start, end in parts:
+            losses_B = example_losses(model, {name: value[start:end] for name, value in inputs.items()})
             loss += losses_B.detach().sum().to(loss)
-            if start + size < num_examples:
+            if self.privacy.group_column is None:
+                self._clipping.backward(losses_B, optimizer)
+            else:
+                unit_B = unit_of_row_B[start:end] - unit_of_row_B[start]
+                rows_of_unit_B = torch.bincount(unit_B)[unit_B]
+                self._clipping.backward(losses_B / rows_of_unit_B, optimizer, unit_of_row_B=unit_B)
+            if end < len(unit_of_row_B):
                 # Clip and add up; the trainer's own step, after the last physical batch, adds the noise.
                 optimizer.signal_skip_step(True)
                 optimizer.step()
                 optimizer.zero_grad()
-        self.step_losses.append(float(loss) / max(num_examples, 1))
-        return loss / max(num_examples, 1)
+        loss = loss / max(len(unit_of_row_B), 1)
+        self.step_losses.append(float(loss))
+        return loss
 
     def _count_step(self, optimizer: DPOptimizer) -> None:
-        entry = (float(optimizer.noise_multiplier), self.sample_rate)
+        entry = (float(optimizer.noise_multiplier), self.noise.sample_rate)
         if self.history and self.history[-1][:2] == entry:
             self.history[-1] = (*entry, self.history[-1][2] + 1)
         else:
@@ -287,15 +230,11 @@ class PrivateSFTTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        accounting = {"format_version": FORMAT_VERSION, "history": [list(entry) for entry in self.history]}
-        write_json_atomic(folder / ACCOUNTING_NAME, accounting)
+        write_manifest(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.history)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint) / ACCOUNTING_NAME
-        history = read_record(path, AccountingRecord)["history"]
-        self.history = [(noise, rate, int(steps)) for noise, rate, steps in history]
+        self.history = read_history(resume_from_checkpoint)
 
     # The bound
 
@@ -303,24 +242,29 @@ class PrivateSFTTrainer(SFTTrainer):
         """The bound for the steps that were taken.
 
         Raises:
-            [`UsageError`]: no step was taken, or there was no noise: there is no bound.
+            [`UsageError`]: no step was taken, there was no noise, or it is known: there is no bound.
         """
+        if not self._random.is_secret:
+            raise UsageError("There is no privacy bound.", expected="noise that nobody knows", found="a known seed")
         if not self.history or min(noise for noise, _, _ in self.history) <= 0:
             raise UsageError("There is no privacy bound.", expected="noisy steps", found=self.history or "no steps")
         return PrivacyStatement(
-            epsilon=epsilon_of(self.history, self.privacy.delta, self.privacy.accountant),
+            epsilon=epsilon_of(self.history, self.privacy.delta, self.noise.accountant),
             epsilon_rdp=epsilon_of(self.history, self.privacy.delta, "rdp"),
             delta=self.privacy.delta,
-            accountant=self.privacy.accountant,
-            noise_multiplier=self.noise_multiplier,
+            accountant=self.noise.accountant,
+            noise_multiplier=self.noise.noise_multiplier,
             max_grad_norm=self.privacy.max_grad_norm,
-            sample_rate=self.sample_rate,
-            expected_batch_size=self.expected_batch_size,
+            sample_rate=self.noise.sample_rate,
+            expected_batch_size=self.noise.expected_batch_size,
             steps=sum(steps for _, _, steps in self.history),
             planned_steps=self.args.max_steps,
             target_epsilon=self.privacy.epsilon,
             gradients=self.privacy.gradients,
             early_stopping_on_private_data=self.selects_on_private_rows,
+            adjacency=f"add_or_remove_one_{self.privacy.unit}",
+            max_rows_per_group=None if self.privacy.group_column is None else self.privacy.max_rows_per_group,
+            random_generator=SecureRandom.NAME,
         )
 
 
@@ -336,19 +280,6 @@ def example_losses(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) ->
         logits_BTV.transpose(1, 2), labels_BT, ignore_index=IGNORED_LABEL, reduction="none"
     )
     return losses_BT.sum(dim=1) / (labels_BT != IGNORED_LABEL).sum(dim=1).clamp(min=1)
-
-
-class _Rows(torch.utils.data.Dataset):
-    """Rows one by one: `datasets` cannot fetch the empty list that an empty Poisson batch is."""
-
-    def __init__(self, rows: Dataset):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return self.rows[index]
 
 
 def _is_early_stopping(callback: Any) -> bool:

@@ -4,13 +4,16 @@
     grad-transformer client --mapper mapper --data private.jsonl --output_dir bank-a --dp_epsilon 1.0 --dp_delta 1e-5
     grad-transformer client --mapper mapper --data private.jsonl --output_dir ceiling --role target
 
-Rows have a `prompt` and a `completion`. Root and recipe come with the mapper. An adapter can reveal rows it was
-trained on: sending only the adapter is no privacy guarantee. `--role target` fine-tunes the LLM in the same way, for
+Rows have a `prompt` and a `completion`. Root and recipe come with the mapper; they are shown before anything starts,
+and where they are unusual the command asks, or needs `--accept_recipe`. An adapter can reveal rows it was trained on:
+sending only the adapter is no privacy guarantee, `--dp_epsilon` is. Where people have several rows each,
+`--dp_group_column patient` protects all rows of one. `--role target` fine-tunes the LLM in the same way, for
 comparison.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,6 +23,7 @@ from ._common import CommandParser, CommandResult, check_device
 
 if TYPE_CHECKING:
     from ..adapters import LoraAdapter, PrivacyStatement
+    from ..client.terms import ClientTerms
     from ..finetuning import SftResult
 
 
@@ -29,7 +33,9 @@ class ClientArguments:
 
     mapper: str = field(metadata={"help": "Folder or Hub repository of the mapper."})
     data: str = field(metadata={"help": "Rows: a .jsonl, .json, .csv or .parquet file, a folder, or a Hub dataset."})
-    output_dir: str = field(metadata={"help": "Folder for the adapter."})
+    output_dir: str = field(
+        metadata={"help": "Folder for the adapter: new, empty, or with an adapter that is to be replaced."}
+    )
     data_split: str = field(default="train", metadata={"help": "Split of a dataset."})
     mapper_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the mapper."})
     role: str = field(
@@ -38,6 +44,10 @@ class ClientArguments:
     )
     base_model: str | None = field(
         default=None, metadata={"help": "Another place of the same base model, for instance a local copy; checked."}
+    )
+    accept_recipe: bool = field(
+        default=False,
+        metadata={"help": "Accept unusual terms: of the mapper's recipe, or budget spent in this folder before."},
     )
     seed: int = field(default=0, metadata={"help": "Seed of the data order."})
     dtype: str = field(default="auto", metadata={"help": "dtype of the frozen base model; auto: as it is stored."})
@@ -49,7 +59,7 @@ class ClientArguments:
         default=False, metadata={"help": "Write into the adapter how many rows it was fine-tuned on."}
     )
     dp_epsilon: float | None = field(
-        default=None, metadata={"help": "Fine-tune with DP-SGD and spend this epsilon; needs --dp_delta."}
+        default=None, metadata={"help": "Fine-tune with DP-SGD and spend this epsilon, 0.01 to 100; needs --dp_delta."}
     )
     dp_delta: float | None = field(
         default=None, metadata={"help": "Delta of the budget: well below one over the number of rows."}
@@ -60,6 +70,13 @@ class ClientArguments:
     dp_batch_size: int | None = field(
         default=None,
         metadata={"help": "Expected rows of a noisy step; default: the recipe's. Larger ones bear noise better."},
+    )
+    dp_group_column: str | None = field(
+        default=None, metadata={"help": "Rows with one value in this column (a patient) are protected as a whole."}
+    )
+    dp_max_rows_per_group: int = field(
+        default=8,
+        metadata={"help": "Rows of a group that a step reads at most; not to be chosen by looking at the rows."},
     )
     dp_physical_batch_size: int | None = field(
         default=None, metadata={"help": "Rows of one forward pass; changes speed and memory alone."}
@@ -94,7 +111,7 @@ def make_parser() -> CommandParser:
 def main(args: ClientArguments) -> CommandResult:
     from ..client import finetune_client
     from ..errors import UsageError
-    from ..finetuning import load_rows
+    from ..finetuning import load_rows, load_table
 
     check_device(args.device, args.dtype)
     if (args.dp_epsilon is None) != (args.dp_delta is None):
@@ -110,7 +127,15 @@ def main(args: ClientArguments) -> CommandResult:
             found=f"early_stopping_patience={args.early_stopping_patience}",
         )
     prepare_output(args.output_dir, "client_adapter", inputs=[args.mapper, args.data, args.base_model, args.eval_data])
-    rows = load_rows(args.data, split=args.data_split)
+    if args.dp_epsilon is None and args.dp_group_column is not None:
+        raise UsageError(
+            "Rows are grouped for differential privacy alone.",
+            expected="--dp_group_column only with --dp_epsilon",
+            found=f"dp_group_column={args.dp_group_column}",
+        )
+    # With all columns where one of them names the groups; the fine-tune checks the rows itself.
+    read = load_rows if args.dp_group_column is None else load_table
+    rows = read(args.data, split=args.data_split)
     arguments = {
         "role": args.role,
         "base_model": args.base_model,
@@ -119,6 +144,8 @@ def main(args: ClientArguments) -> CommandResult:
         "device": args.device,
         "hub_kwargs": {"revision": args.mapper_revision},
         "gradient_checkpointing": args.gradient_checkpointing,
+        "accept_recipe": args.accept_recipe or _ask,
+        "disable_tqdm": False,
     }
     statement = None
     if args.dp_epsilon is not None:
@@ -126,7 +153,9 @@ def main(args: ClientArguments) -> CommandResult:
             from ..client.private import PrivacyArguments, finetune_client_privately
         except ModuleNotFoundError as cause:
             raise UsageError(
-                "Opacus is not installed.", found=cause, remedy='pip install "grad-transformer[dp]"'
+                "Differential privacy needs packages that are not installed.",
+                found=cause,
+                remedy='pip install "grad-transformer[dp]"',
             ) from cause
 
         assert args.dp_delta is not None
@@ -141,6 +170,8 @@ def main(args: ClientArguments) -> CommandResult:
                 batch_size=args.dp_batch_size,
                 gradients=args.dp_gradients,  # type: ignore[arg-type]
                 accountant=args.dp_accountant,  # type: ignore[arg-type]
+                group_column=args.dp_group_column,
+                max_rows_per_group=args.dp_max_rows_per_group,
                 allow_early_stopping=args.dp_allow_early_stopping,
             ),
             physical_batch_size=args.dp_physical_batch_size,
@@ -152,6 +183,17 @@ def main(args: ClientArguments) -> CommandResult:
     else:
         adapter, result = finetune_client(args.mapper, rows, args.output_dir, seed=args.seed, **arguments)  # type: ignore[arg-type]
     return _result(args, len(rows), adapter, result, statement)
+
+
+def _ask(terms: ClientTerms) -> bool:
+    """Ask on a terminal; without one, unusual terms need `--accept_recipe`."""
+    if not sys.stdin.isatty() or not sys.stderr.isatty():
+        return False
+    try:
+        # stdout is kept for the result while a command runs: the question goes to stderr.
+        return input("These terms are unusual. Accept them? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 def _result(
@@ -172,4 +214,9 @@ def _result(
     text += f"Adapter: {args.output_dir}"
     if statement is not None:
         text += f"\nPrivacy: {statement.statement()}\nNot covered: see {args.output_dir}/README.md"
+    else:
+        text += (
+            "\nPrivacy: none is promised. An adapter can reveal rows it was trained on, even if only the adapter "
+            "leaves; only differential privacy (--dp_epsilon, --dp_delta) bounds what it reveals."
+        )
     return CommandResult(data, text)

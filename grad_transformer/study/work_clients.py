@@ -11,7 +11,7 @@ import torch
 
 from ..adapters import Root
 from ..adapters.io import load_tensors, read_record, save_tensors_atomic, write_json_atomic
-from ..client.mechanism import noise_multiplier_for
+from ..client.mechanism import plan_noise
 from ..client.private import PrivacyArguments, finetune_client_privately
 from ..evaluation.clients import AdapterScorer
 from ..evaluation.controls import control_deltas
@@ -68,18 +68,19 @@ def private_clients(stage: Stage, study_dir: Path, folder: Path) -> dict[str, An
     seed = params["world"]["seed"]
     deltas, spent = [], []
     for index, rows in enumerate(_rows(params, make_world(params["world"], tokenizer))):
-        rate = settings["batch_size"] / len(rows.train)
-        noise = noise_multiplier_for(epsilon, settings["delta"], sample_rate=rate, steps=recipe.max_steps)
-        adapter, _, statement = finetune_client_privately(
+        # Repeatable, and so not private: whoever runs a study has all rows anyway.
+        privacy = PrivacyArguments(epsilon=epsilon, known_seed=1000 * seed + index, **settings)
+        adapter, _, _ = finetune_client_privately(
             source,
             rows.train,
             folder / f"client-{index}",
-            # Repeatable, and so not private: whoever runs a study has all rows anyway.
-            privacy=PrivacyArguments(noise_multiplier=noise, known_seed=1000 * seed + index, **settings),
+            privacy=privacy,
             physical_batch_size=settings["batch_size"],
+            accept_recipe=True,
         )
         deltas.append(adapter.tensors)
-        spent.append(statement.epsilon)
+        # What the same noise would spend if nobody knew it.
+        spent.append(plan_noise(privacy, len(rows.train), recipe.max_steps).epsilon)
     _save_deltas(folder, start, deltas)
     return {"clients": len(deltas), "epsilon": max(spent)}
 

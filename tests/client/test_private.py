@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,23 @@ from opacus.accountants import PRVAccountant
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from grad_transformer import LoraDeltaTokenizer
+from grad_transformer import LoraAdapter, LoraDeltaTokenizer
 from grad_transformer.adapters.privacy import statement_of
+from grad_transformer.client import finetune_client
+from grad_transformer.client.groups import Units, physical_batches, rows_by_group
 from grad_transformer.client.mechanism import (
     PerExampleClipping,
     PoissonBatchSampler,
     check_trainable,
+    coarse_rate,
     epsilon_of,
     noise_multiplier_for,
-    secret_generator,
+    plan_noise,
 )
 from grad_transformer.client.private import finetune_client_privately
+from grad_transformer.client.secure_random import SecureRandom
 from grad_transformer.client.trainer import PrivacyArguments, PrivateSFTTrainer, example_losses
-from grad_transformer.errors import IncompleteArtifactError, RecipeError, UsageError
+from grad_transformer.errors import DataError, IncompleteArtifactError, RecipeError, UsageError
 from grad_transformer.finetuning import FineTuningRecipe, attach_root, read_adapter_tensors
 from grad_transformer.lab import make_lab_tokenizer
 from tests.worlds import moved, tiny_root
@@ -62,14 +67,14 @@ def make_batch(count: int, seed: int = 0) -> dict[str, torch.Tensor]:
     mask = (torch.arange(12)[None] < lengths[:, None]).long()
     starts = torch.randint(1, 4, (count,), generator=generator)
     labels = ids.masked_fill((mask == 0) | (torch.arange(12)[None] < starts[:, None]), -100)
-    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels, "unit": torch.arange(count)}
 
 
 def make_rows(count: int) -> Dataset:
     batch = make_batch(count)
     rows = [
         {"input_ids": ids[mask > 0].tolist(), "labels": labels[mask > 0].tolist()}
-        for ids, mask, labels in zip(*batch.values(), strict=True)
+        for ids, mask, labels, _ in zip(*batch.values(), strict=True)
     ]
     return Dataset.from_list(rows)
 
@@ -77,7 +82,8 @@ def make_rows(count: int) -> Dataset:
 def make_trainer(model: Any, folder: Path, rows: Dataset | None = None, **changes: Any) -> PrivateSFTTrainer:
     privacy = changes.pop("privacy", PrivacyArguments(**{"batch_size": 4, **NO_NOISE}))
     settings = {"per_device_train_batch_size": 4, "max_grad_norm": 0.0, "gradient_accumulation_steps": 1}
-    trainer_arguments = {name: changes.pop(name) for name in ("callbacks", "eval_dataset") if name in changes}
+    own = ("callbacks", "eval_dataset", "groups")
+    trainer_arguments = {name: changes.pop(name) for name in own if name in changes}
     args = RECIPE.to_sft_config(folder, seed=0, **{**settings, **changes})
     rows = make_rows(16) if rows is None else rows
     return PrivateSFTTrainer(
@@ -93,7 +99,7 @@ def clipped_sum_by_a_loop(model: Any, batch: dict[str, torch.Tensor], max_norm: 
     total = [torch.zeros_like(parameter) for parameter in parameters]
     for index in range(len(batch["input_ids"])):
         length = int(batch["attention_mask"][index].sum())
-        example = {name: value[index : index + 1, :length] for name, value in batch.items()}
+        example = {name: value[index : index + 1, :length] for name, value in batch.items() if name != "unit"}
         gradients = torch.autograd.grad(example_losses(model, example).sum(), parameters)
         norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
         for part, gradient in zip(total, gradients, strict=True):
@@ -111,7 +117,7 @@ def test_clipped_gradients_equal_a_loop_of_single_examples_for_any_split(model, 
     privacy = PrivacyArguments(**NO_NOISE, max_grad_norm=max_norm, gradients=mode)
     trainer = make_trainer(model, tmp_path / "t", per_device_train_batch_size=physical, privacy=privacy)
     trainer._clipping = PerExampleClipping(model, mode=mode, max_grad_norm=max_norm)
-    trainer.expected_batch_size = 1
+    trainer.noise = dataclasses.replace(trainer.noise, expected_batch_size=1)
     model.enable_input_require_grads()
     optimizer = trainer.create_optimizer()
     trainer.training_step(model, batch)
@@ -129,9 +135,7 @@ def test_the_loss_of_an_example_does_not_depend_on_the_others(model):
 
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
 def test_noise_has_its_nominal_variance_also_on_an_empty_batch(model, tmp_path, mode):
-    privacy = PrivacyArguments(
-        delta=1e-5, noise_multiplier=1.7, max_grad_norm=0.3, batch_size=8, gradients=mode, known_seed=0
-    )
+    privacy = PrivacyArguments(delta=1e-5, noise_multiplier=1.7, max_grad_norm=0.3, batch_size=8, gradients=mode)
     trainer = make_trainer(model, tmp_path / "t", privacy=privacy)
     trainer._clipping = PerExampleClipping(model, mode=mode, max_grad_norm=0.3)
     optimizer = trainer.create_optimizer()
@@ -151,7 +155,7 @@ def test_noise_has_its_nominal_variance_also_on_an_empty_batch(model, tmp_path, 
 def test_one_example_moves_the_sum_by_no_more_than_the_clipping_norm(model, tmp_path):
     trainer = make_trainer(model, tmp_path / "t", privacy=PrivacyArguments(**NO_NOISE, max_grad_norm=0.02))
     trainer._clipping = PerExampleClipping(model, mode="hooks", max_grad_norm=0.02)
-    trainer.expected_batch_size = 1
+    trainer.noise = dataclasses.replace(trainer.noise, expected_batch_size=1)
     model.enable_input_require_grads()
     optimizer = trainer.create_optimizer()
     sums = []
@@ -162,11 +166,71 @@ def test_one_example_moves_the_sum_by_no_more_than_the_clipping_norm(model, tmp_
     assert 0 < float((sums[0] - sums[1]).norm()) <= 0.02 * (1 + 1e-6)
 
 
+def test_a_whole_group_moves_the_sum_by_no_more_than_the_clipping_norm(model, tmp_path):
+    groups = [[0, 1, 2], [3], [4, 5, 6, 7], [8, 9]]
+    privacy = PrivacyArguments(**NO_NOISE, max_grad_norm=0.02, group_column="patient", batch_size=1)
+    trainer = make_trainer(
+        model, tmp_path / "t", rows=make_rows(10), privacy=privacy, groups=groups, per_device_train_batch_size=4
+    )
+    trainer._clipping = PerExampleClipping(model, mode="hooks", max_grad_norm=0.02)
+    model.enable_input_require_grads()
+    optimizer = trainer.create_optimizer()
+
+    def clipped_sum(chosen):
+        trainer.training_step(model, trainer._collate([trainer._units[index] for index in chosen]))
+        optimizer.pre_step()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    whole = clipped_sum([0, 1, 2, 3])
+    for left_out in range(4):
+        moved_by = float((whole - clipped_sum([index for index in range(4) if index != left_out])).norm())
+        assert 0.02 * 0.99 < moved_by <= 0.02 * (1 + 1e-6)
+
+
+def test_a_step_reads_no_more_rows_of_a_group_than_it_may_and_draws_them_anew():
+    rows = Dataset.from_dict({"row": list(range(10))})
+    units = Units(rows, [list(range(8)), [8, 9]], max_rows=3, random=SecureRandom())
+    seen = [[row["row"] for row in units[0]] for _ in range(60)]
+    assert all(len(set(drawn)) == 3 for drawn in seen) and {row for drawn in seen for row in drawn} == set(range(8))
+    assert [row["row"] for row in units[1]] == [8, 9]
+
+
+def test_groups_are_never_cut_and_single_rows_fill_physical_batches():
+    assert physical_batches(torch.arange(7), 3) == [(0, 3), (3, 6), (6, 7)]
+    assert physical_batches(torch.tensor([0, 0, 1, 2, 2, 2, 2, 3]), 3) == [(0, 3), (3, 7), (7, 8)]
+    assert physical_batches(torch.tensor([], dtype=torch.int64), 3) == []
+
+
+def test_rows_without_a_group_are_refused():
+    rows = [{"patient": "a"}, {"patient": None}]
+    with pytest.raises(DataError, match="Row 1 belongs to no group"):
+        rows_by_group(rows, "patient")
+    with pytest.raises(DataError, match="no such column"):
+        rows_by_group(rows, "person")
+    assert rows_by_group([{"patient": p} for p in "abac"], "patient") == [[0, 2], [1], [3]]
+
+
+def test_dropout_is_off_since_masks_would_go_by_the_place_in_the_batch(tmp_path):
+    root = tiny_root(tmp_path, lora_dropout=0.5)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64).requires_grad_(False)
+    model = attach_root(base, root).double()
+    trainer = make_trainer(model, tmp_path / "t")
+    trainer._clipping = PerExampleClipping(model, mode="hooks", max_grad_norm=1.0)
+    model.enable_input_require_grads()
+    optimizer = trainer.create_optimizer()
+    sums = []
+    for _ in range(2):
+        trainer.training_step(model, make_batch(4))
+        optimizer.pre_step()
+        sums.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert torch.equal(sums[0], sums[1]) and sums[0].norm() > 0
+
+
 # Sampling and accounting
 
 
 def test_batches_are_poisson_samples_and_some_are_empty():
-    sampler = PoissonBatchSampler(50, 0.04, 4000, secret_generator(seed=0))
+    sampler = PoissonBatchSampler(50, 0.04, 4000, SecureRandom(known_seed=0))
     batches = list(sampler)
     sizes = torch.tensor([len(batch) for batch in batches], dtype=torch.float64)
     assert float(sizes.mean()) == pytest.approx(2.0, rel=0.05)
@@ -285,11 +349,42 @@ def test_settings_that_would_change_the_mechanism_are_refused(model, tmp_path, w
         {"delta": 0.0, "epsilon": 1.0},
         {"delta": 1e-5, "epsilon": -1.0},
         {"delta": 1e-5, "epsilon": 1.0, "max_grad_norm": 0.0},
+        {"delta": 1e-5, "epsilon": 1000.0},
+        {"delta": 1e-5, "epsilon": 1e-3},
+        {"delta": 0.1, "epsilon": 1.0},
+        {"delta": 1e-15, "epsilon": 1.0},
+        {"delta": 1e-5, "noise_multiplier": 0.0},
+        {"delta": 1e-5, "epsilon": 1.0, "group_column": "patient", "gradients": "ghost"},
     ],
 )
 def test_privacy_arguments_out_of_range_are_refused(wrong):
     with pytest.raises(UsageError):
         PrivacyArguments(**wrong)
+
+
+@pytest.mark.parametrize(("epsilon", "delta"), [(1000.0, 1e-5), (1e6, 1e-5), (1.0, 0.1), (1.0, 1e-15), (1e-6, 1e-5)])
+def test_budgets_that_no_accountant_can_answer_are_refused_at_once(epsilon, delta):
+    with pytest.raises(UsageError, match="No noise can be chosen"):
+        noise_multiplier_for(epsilon, delta, sample_rate=0.0625, steps=20)
+
+
+@pytest.mark.parametrize(("delta", "rows"), [(0.01, 100), (0.005, 256)])
+def test_a_delta_that_would_let_a_whole_row_out_is_refused(delta, rows):
+    with pytest.raises(UsageError, match="a whole example could be published"):
+        plan_noise(PrivacyArguments(epsilon=1.0, delta=delta, batch_size=4), rows, 20)
+
+
+def test_the_stated_rate_tells_the_number_of_rows_to_a_tenth_only():
+    rates = {coarse_rate(16 / rows) for rows in range(250, 263)}
+    assert rates == {0.0625}
+    for rows in range(16, 5000, 7):
+        assert 2 ** (-1 / 8) * (1 - 1e-9) <= coarse_rate(16 / rows) / (16 / rows) <= 2 ** (1 / 8) * (1 + 1e-9)
+    assert coarse_rate(20 / 16) == 1
+
+
+def test_very_many_steps_are_accounted_for_in_bounded_time():
+    plan = plan_noise(PrivacyArguments(epsilon=1.0, delta=1e-5, batch_size=16), 1600, 10**6)
+    assert plan.accountant == "rdp" and plan.epsilon <= 1.0
 
 
 def test_layers_without_gradients_of_single_examples_are_refused():
@@ -310,7 +405,7 @@ def test_without_noise_there_is_no_statement(model, tmp_path):
 @pytest.fixture
 def client(root, tmp_path):
     TOKENIZER.save_pretrained(tmp_path / "base")
-    tokenizer = LoraDeltaTokenizer(root, recipe=RECIPE.to_dict())
+    tokenizer = LoraDeltaTokenizer(root, recipe=RECIPE.replace(max_steps=5).to_dict())
     rows = [{"prompt": f"?1 ?2 {i:06d} >", "completion": f"{i * 7 % 10**6:06d}"} for i in range(12)]
     return tokenizer, rows
 
@@ -323,8 +418,10 @@ def test_a_client_writes_its_bound_into_metadata_and_card(client, tmp_path):
         tmp_path / "out",
         privacy=PrivacyArguments(epsilon=6.0, delta=1e-3, batch_size=4, accountant="rdp"),
     )
-    assert len(result.losses) == 4
-    assert 5.9 < statement.epsilon <= 6.0 and statement.sample_rate == pytest.approx(1 / 3)
+    assert len(result.losses) == 5
+    # 4 of 12 rows, told no more exactly than to a fourth root of two; and it does not say how many rows there were.
+    assert 5.9 < statement.epsilon <= 6.0 and statement.sample_rate == 2**-1.5
+    assert statement.random_generator == "aes-256-ctr"
     assert statement_of(adapter.metadata) == statement
     stored = json.loads((tmp_path / "out" / "grad_transformer.json").read_text())
     assert "num_examples" not in stored and stored["differential_privacy"]["adjacency"] == "add_or_remove_one_example"
@@ -338,7 +435,67 @@ def test_a_client_resumes_from_its_checkpoints(client, tmp_path):
     arguments = {"privacy": privacy, "checkpoint_dir": tmp_path / "checkpoints"}
     finetune_client_privately(tokenizer, rows, tmp_path / "a", **arguments)
     _, result, statement = finetune_client_privately(tokenizer, rows, tmp_path / "b", **arguments)
-    assert statement.steps == 4 and result.losses == []
+    assert statement.steps == 5 and result.losses == []
+    # Its own spending is not counted again where it delivers a second time.
+    _, _, statement = finetune_client_privately(tokenizer, rows, tmp_path / "b", **arguments)
+    assert statement.earlier_epsilon == 0
+    # Other rows, or another budget, are another run.
+    with pytest.raises(UsageError, match="another fine-tune") as caught:
+        finetune_client_privately(tokenizer, rows[:-1], tmp_path / "c", **arguments)
+    assert "rows" in str(caught.value.found)
+    other = {**arguments, "privacy": dataclasses.replace(privacy, max_grad_norm=0.1)}
+    with pytest.raises(UsageError, match="another fine-tune"):
+        finetune_client_privately(tokenizer, rows, tmp_path / "c", **other)
+    assert not any(row["completion"] in (tmp_path / "checkpoints" / "run.json").read_text() for row in rows)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_second_private_run_into_a_folder_adds_up_and_a_plain_one_takes_the_card_away(client, tmp_path):
+    tokenizer, rows = client
+    privacy = PrivacyArguments(noise_multiplier=1.0, delta=1e-3, batch_size=4, accountant="rdp")
+    _, _, first = finetune_client_privately(tokenizer, rows, tmp_path / "out", privacy=privacy)
+    with pytest.raises(UsageError, match="unusual") as caught:
+        finetune_client_privately(tokenizer, rows, tmp_path / "out", privacy=privacy)
+    assert "same folder" in caught.value.found
+    asked = []
+    adapter, _, total = finetune_client_privately(
+        tokenizer, rows, tmp_path / "out", privacy=privacy, accept_recipe=lambda terms: not asked.append(terms.text())
+    )
+    assert f"in total ({2 * first.epsilon:.4g}, 0.002)" in asked[0]
+    assert total.epsilon == pytest.approx(2 * first.epsilon) and total.delta == pytest.approx(2e-3)
+    assert statement_of(adapter.metadata) == total and total.unusual_terms == ("spent_before",)
+    assert "was spent by earlier fine-tunes" in (tmp_path / "out" / "README.md").read_text()
+    finetune_client(tokenizer, rows, tmp_path / "out")
+    assert not (tmp_path / "out" / "README.md").exists()
+    assert LoraAdapter.from_pretrained(tmp_path / "out").metadata["differential_privacy"] is None
+
+
+def test_a_known_seed_repeats_the_run_and_states_no_bound(client, tmp_path):
+    tokenizer, rows = client
+    privacy = PrivacyArguments(noise_multiplier=1.0, delta=1e-3, batch_size=4, known_seed=3, accountant="rdp")
+    runs = [finetune_client_privately(tokenizer, rows, tmp_path / name, privacy=privacy) for name in "ab"]
+    assert torch.equal(runs[0][0].flat(), runs[1][0].flat())
+    assert [statement for _, _, statement in runs] == [None, None]
+    assert runs[0][0].metadata["differential_privacy"] is None and not (tmp_path / "a" / "README.md").exists()
+    secret = dataclasses.replace(privacy, known_seed=None)
+    runs = [finetune_client_privately(tokenizer, rows, tmp_path / name, privacy=secret) for name in "cd"]
+    assert not torch.equal(runs[0][0].flat(), runs[1][0].flat())
+
+
+def test_rows_of_a_group_are_protected_together(client, tmp_path):
+    tokenizer, rows = client
+    rows = [{**row, "patient": f"p{index // 2}"} for index, row in enumerate(rows)]
+    privacy = PrivacyArguments(
+        noise_multiplier=1.0, delta=1e-3, batch_size=2, accountant="rdp", group_column="patient", max_rows_per_group=1
+    )
+    adapter, _, statement = finetune_client_privately(tokenizer, rows, tmp_path / "out", privacy=privacy)
+    assert statement.unit == "group" and statement.max_rows_per_group == 1
+    # Two of six groups, not of twelve rows.
+    assert statement.sample_rate == 2**-1.5
+    assert "one group (all rows that share one value" in statement.statement()
+    assert statement_of(adapter.metadata) == statement
+    text = (tmp_path / "out" / "grad_transformer.json").read_text()
+    assert not any(row["patient"] in text for row in rows) and "patient" not in json.loads(text)
 
 
 def test_the_command_says_epsilon_and_refuses_half_a_budget(client, tmp_path, run_cli, monkeypatch):

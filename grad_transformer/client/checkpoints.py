@@ -1,0 +1,143 @@
+"""Checkpoints of a private fine-tune: taken up only by the run that made them, and only whole ones.
+
+They hold all that the noise protects, so the folder stays with the client. `run.json` in it says whose they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..constants import FORMAT_VERSION
+from ..errors import IncompleteArtifactError, UsageError
+from ..files import read_json, write_json_atomic
+
+
+RUN_NAME = "run.json"
+MANIFEST_NAME = "privacy_accounting.json"
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def rows_digest(rows: Iterable[Any]) -> str:
+    """SHA-256 of rows, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def claim_folder(
+    folder: str | Path, identity: Mapping[str, Any], *, output_dir: str | Path, spent: tuple[float, float]
+) -> tuple[float, float]:
+    """Make the folder this run's, or refuse one that is another's; remove checkpoints that are half written.
+
+    Args:
+        folder (`str` or `Path`): where checkpoints are, or will be.
+        identity (`Mapping`): what decides the run, by name. Only keyed hashes of it are kept.
+        output_dir (`str` or `Path`): where the adapter will go.
+        spent (`tuple[float, float]`): epsilon and delta that the adapter there says were spent.
+
+    Returns:
+        what had been spent there when this run began: its own spending, after an interruption, is not counted twice.
+
+    Raises:
+        [`UsageError`]: the checkpoints are of other rows, another recipe, budget or base model.
+        [`IncompleteArtifactError`]: there are checkpoints, but nothing says whose they are.
+    """
+    folder, place = Path(folder), str(Path(output_dir).resolve())
+    path = folder / RUN_NAME
+    if not path.is_file():
+        if _numbered(folder):
+            raise IncompleteArtifactError(
+                "The folder has checkpoints, and nothing that says whose they are.",
+                path=path,
+                expected=f"checkpoints beside their {RUN_NAME}",
+                remedy="choose an empty folder",
+            )
+        key = secrets.token_hex(32)
+        run = {
+            "format_version": FORMAT_VERSION,
+            "key": key,
+            "identity": _keyed(identity, key),
+            "spent_before": {place: list(spent)},
+        }
+        write_json_atomic(path, run)
+        return spent
+    run = read_json(path)
+    try:
+        found, expected = run["identity"], _keyed(identity, run["key"])
+        before = {name: (float(epsilon), float(delta)) for name, (epsilon, delta) in run["spent_before"].items()}
+        differing = sorted(name for name in expected if not hmac.compare_digest(found.get(name, ""), expected[name]))
+    except (KeyError, TypeError, ValueError, AttributeError) as cause:
+        raise IncompleteArtifactError(f"{RUN_NAME} cannot be read.", path=path, found=repr(cause)) from cause
+    if differing:
+        raise UsageError(
+            "The checkpoints are those of another fine-tune.",
+            path=folder,
+            expected="the same rows, recipe, privacy budget, root and base model",
+            found=f"a difference in {', '.join(differing)}",
+            remedy="choose an empty --dp_checkpoint_dir",
+        )
+    if place not in before:
+        before[place] = spent
+        write_json_atomic(path, {**run, "spent_before": {name: list(pair) for name, pair in before.items()}})
+    return before[place]
+
+
+def write_manifest(checkpoint: str | Path, history: Iterable[Iterable[float]]) -> None:
+    """Written last: what was spent so far, and the size of every file, so that a half-written one is known."""
+    checkpoint = Path(checkpoint)
+    sizes = {path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.name != MANIFEST_NAME}
+    data = {"format_version": FORMAT_VERSION, "history": [list(entry) for entry in history], "sizes": sizes}
+    write_json_atomic(checkpoint / MANIFEST_NAME, data)
+
+
+def read_history(checkpoint: str | Path) -> list[tuple[float, float, int]]:
+    """What was spent until a checkpoint: noise multiplier, sampling rate, steps.
+
+    Raises:
+        [`IncompleteArtifactError`]: the checkpoint is not whole, or does not say it.
+    """
+    path = Path(checkpoint) / MANIFEST_NAME
+    manifest = read_json(path)
+    try:
+        for name, size in manifest["sizes"].items():
+            if (path.parent / name).stat().st_size != size:
+                raise ValueError(f"{name} has another size")
+        return [(float(noise), float(rate), int(steps)) for noise, rate, steps in manifest["history"]]
+    except (KeyError, TypeError, ValueError, AttributeError, OSError) as cause:
+        raise IncompleteArtifactError("The checkpoint is not whole.", path=path, found=cause) from cause
+
+
+def last_whole(folder: str | Path) -> str | None:
+    """The last checkpoint that was written to its end; those that were not are removed."""
+    for checkpoint in _numbered(Path(folder)):
+        try:
+            read_history(checkpoint)
+        except IncompleteArtifactError:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        else:
+            return str(checkpoint)
+    return None
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Checkpoints, the last first."""
+    found = [(int(match[1]), path) for path in folder.glob("*") if (match := _CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _keyed(identity: Mapping[str, Any], key: str) -> dict[str, str]:
+    """Keyed, so that a hash tells nobody who has the file alone what the rows are."""
+    return {
+        name: hmac.new(bytes.fromhex(key), json.dumps(value, sort_keys=True).encode(), "sha256").hexdigest()
+        for name, value in identity.items()
+    }

@@ -1,0 +1,151 @@
+"""What a client agrees to before its fine-tune starts: a mapper's recipe, and what privacy it leaves.
+
+The recipe comes from the provider, and decides how long the client computes and how much noise it needs. It is shown,
+held to limits that are the client's own, and where it is unusual the client has to say yes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers.utils import logging
+
+from ..adapters.privacy import UNUSUAL_TERMS
+from ..errors import RecipeError, UsageError
+from ..finetuning import FineTuningRecipe
+from .arguments import NoisePlan, PrivacyArguments
+
+
+logger = logging.get_logger(__name__)
+
+# Recipes beyond these are refused, whoever accepts them.
+_HARD_LIMITS = {"max_steps": 10**6, "rows_per_step": 2**16, "learning_rate": 10.0, "max_length": 2**20}
+# Beyond these they have to be accepted: field, limit, code.
+_USUAL_LIMITS = (
+    ("max_steps", 20_000, "many_steps"),
+    ("rows_per_step", 1024, "large_batch"),
+    ("learning_rate", 0.1, "large_learning_rate"),
+    ("max_length", 32_768, "long_rows"),
+)
+_FEW_PRIVATE_STEPS = 5
+_LARGE_SAMPLE_RATE = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientTerms:
+    """What a fine-tune will do with a client's rows.
+
+    Args:
+        base_model (`str`), base_revision (`str`, *optional*): the base model, as the mapper names it.
+        recipe ([`FineTuningRecipe`]): how it will be trained.
+        num_rows (`int`): the client's rows.
+        privacy ([`PrivacyArguments`], *optional*): the budget; `None`: no differential privacy.
+        noise ([`NoisePlan`], *optional*): the mechanism that follows from it.
+        num_units (`int`, *optional*): examples or groups that the bound counts.
+        earlier (`tuple[float, float]`, *optional*): epsilon and delta that were spent in the output folder before.
+
+    Raises:
+        [`RecipeError`]: the recipe is beyond what any client should run.
+    """
+
+    base_model: str
+    base_revision: str | None
+    recipe: FineTuningRecipe
+    num_rows: int
+    privacy: PrivacyArguments | None = None
+    noise: NoisePlan | None = None
+    num_units: int | None = None
+    earlier: tuple[float, float] = (0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        for name, limit in _HARD_LIMITS.items():
+            if getattr(self.recipe, name) > limit:
+                raise RecipeError(
+                    f"The recipe's `{name}` is beyond what a client runs.",
+                    expected=f"at most {limit:g}",
+                    found=getattr(self.recipe, name),
+                    remedy="ask the provider why, or pass a recipe of your own",
+                )
+
+    @property
+    def unusual(self) -> tuple[str, ...]:
+        """Codes of [`UNUSUAL_TERMS`] that apply."""
+        found = [code for name, limit, code in _USUAL_LIMITS if getattr(self.recipe, name) > limit]
+        if self.noise is not None:
+            if self.noise.steps < _FEW_PRIVATE_STEPS:
+                found.append("few_steps")
+            if self.noise.sample_rate >= _LARGE_SAMPLE_RATE:
+                found.append("whole_batch")
+        if self.earlier[0]:
+            found.append("spent_before")
+        return tuple(found)
+
+    def text(self) -> str:
+        """The terms for people, a line each."""
+        recipe = self.recipe
+        revision = f" at {self.base_revision}" if self.base_revision else ""
+        lines = [
+            ("base model", f"{self.base_model}{revision}, as the mapper names it"),
+            (
+                "steps",
+                f"{recipe.max_steps} of {recipe.rows_per_step} rows: "
+                f"{recipe.num_examples / self.num_rows:.3g} passes over {self.num_rows} rows",
+            ),
+            (
+                "learning rate",
+                f"{recipe.learning_rate:g} ({recipe.lr_scheduler_type}), rows of up to {recipe.max_length} tokens",
+            ),
+            *self._privacy_lines(),
+            *(("unusual", UNUSUAL_TERMS[code]) for code in self.unusual),
+        ]
+        return "\n".join(["This fine-tune:", *(f"  {f'{name}:':<16}{words}" for name, words in lines)])
+
+    def _privacy_lines(self) -> list[tuple[str, str]]:
+        if self.privacy is None or self.noise is None:
+            return [("privacy", "none: an adapter can reveal rows it was trained on; only --dp_epsilon bounds that")]
+        if self.noise.epsilon is None or self.privacy.known_seed is not None:
+            return [("privacy", "none: the noise is known, or there is none")]
+        unit, noise = self.privacy.unit, self.noise
+        lines = [
+            (
+                "privacy",
+                f"epsilon {noise.epsilon:.4g} at delta {self.privacy.delta:g}, for adding or removing one {unit}",
+            ),
+            (
+                "noise",
+                f"{noise.noise_multiplier:.4g} times the clipping norm {self.privacy.max_grad_norm:g}, in each of "
+                f"{noise.steps} steps, which draw each of {self.num_units} {unit}s with probability "
+                f"{noise.sample_rate:.3g}",
+            ),
+        ]
+        if self.earlier[0]:
+            total = noise.epsilon + self.earlier[0], self.privacy.delta + self.earlier[1]
+            lines.append(
+                (
+                    "spent before",
+                    f"epsilon {self.earlier[0]:.4g} in this folder; in total ({total[0]:.4g}, {total[1]:g})",
+                )
+            )
+        return lines
+
+
+def agree(terms: ClientTerms, accept_recipe: bool | Callable[[ClientTerms], bool]) -> None:
+    """Show the terms; where they are unusual, go on only if they are accepted.
+
+    Args:
+        terms ([`ClientTerms`]): what will be done.
+        accept_recipe (`bool` or `Callable`): whether unusual terms are accepted, or who is asked.
+
+    Raises:
+        [`UsageError`]: unusual terms, not accepted.
+    """
+    logger.info(terms.text())
+    if not terms.unusual or (accept_recipe(terms) if callable(accept_recipe) else accept_recipe):
+        return
+    raise UsageError(
+        "The terms of this fine-tune are unusual, and were not accepted.",
+        expected="terms that are usual, or accepted",
+        found="; ".join(UNUSUAL_TERMS[code] for code in terms.unusual),
+        remedy="if you trust the provider and mean it: --accept_recipe (accept_recipe=True)",
+    )

@@ -1,0 +1,151 @@
+"""What a client agrees to before its fine-tune, and where the adapter may go."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grad_transformer.client import output
+from grad_transformer.client.arguments import NoisePlan, PrivacyArguments
+from grad_transformer.client.output import check_output_dir, spent_before, storage_errors
+from grad_transformer.client.terms import ClientTerms, agree
+from grad_transformer.errors import AdapterFormatError, RecipeError, UsageError
+from grad_transformer.finetuning import FineTuningRecipe
+from tests.worlds import moved, tiny_root
+
+
+RECIPE = FineTuningRecipe(max_steps=120, per_device_batch_size=16)
+
+
+def terms(recipe: FineTuningRecipe = RECIPE, *, rate: float = 0.0625, **changes: Any) -> ClientTerms:
+    privacy = PrivacyArguments(epsilon=1.0, delta=1e-5, batch_size=16)
+    noise = NoisePlan(rate, 16, 2.8, recipe.max_steps, "prv", 0.997)
+    fields = {"privacy": privacy, "noise": noise, "num_units": 256, **changes}
+    return ClientTerms(base_model="acme/tiny", base_revision="abc", recipe=recipe, num_rows=256, **fields)
+
+
+def test_the_terms_say_all_that_decides_what_happens_to_the_rows() -> None:
+    text = terms().text()
+    for fact in (
+        "acme/tiny at abc",
+        "120 of 16 rows",
+        "7.5 passes",
+        "0.0003",
+        "512",
+        "0.997",
+        "1e-05",
+        "2.8",
+        "0.0625",
+    ):
+        assert fact in text
+    assert terms().unusual == ()
+    assert "only --dp_epsilon bounds" in terms(privacy=None, noise=None).text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"max_steps": 1, "warmup_steps": 0}, "few_steps"),
+        ({"max_steps": 50_000}, "many_steps"),
+        ({"learning_rate": 1.0}, "large_learning_rate"),
+        ({"per_device_batch_size": 64, "gradient_accumulation_steps": 64}, "large_batch"),
+        ({"max_length": 10**5}, "long_rows"),
+    ],
+)
+def test_an_unusual_recipe_needs_a_yes(changes: dict[str, Any], code: str) -> None:
+    unusual = terms(RECIPE.replace(**changes))
+    assert unusual.unusual == (code,)
+    with pytest.raises(UsageError, match="were not accepted"):
+        agree(unusual, False)
+    with pytest.raises(UsageError, match="were not accepted"):
+        agree(unusual, lambda shown: False)
+    agree(unusual, True)
+    agree(unusual, lambda shown: "unusual:" in shown.text())
+
+
+def test_batches_of_all_rows_and_spent_budget_are_unusual() -> None:
+    assert terms(rate=1.0).unusual == ("whole_batch",)
+    spent = terms(earlier=(2.0, 1e-5))
+    assert spent.unusual == ("spent_before",) and "in total (2.997, 2e-05)" in spent.text()
+
+
+@pytest.mark.parametrize("changes", [{"max_steps": 10**7}, {"learning_rate": 1e6}, {"max_length": 10**9}])
+def test_a_recipe_that_exhausts_a_client_is_refused_whoever_accepts_it(changes: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="beyond what a client runs"):
+        terms(RECIPE.replace(**changes))
+
+
+# The output folder
+
+
+def test_the_output_is_a_folder_with_nothing_but_a_clients_adapter(tmp_path: Path) -> None:
+    check_output_dir(tmp_path / "new" / "folder", bytes_needed=1000)
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "empty").mkdir()
+    check_output_dir(tmp_path / "empty")
+    root = tiny_root(tmp_path / "world")
+    moved(root).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "README.md").write_text("old")
+    check_output_dir(tmp_path / "adapter")
+    for wrong in (tmp_path / "world" / "root", tmp_path / "world" / "base", tmp_path / "adapter" / "README.md"):
+        with pytest.raises(UsageError):
+            check_output_dir(wrong)
+    (tmp_path / "adapter" / "grad_transformer.json").write_text(json.dumps({"generated": {}}))
+    with pytest.raises(UsageError, match="something else"):
+        check_output_dir(tmp_path / "adapter")
+
+
+def test_checkpoints_never_lie_in_the_folder_that_leaves(tmp_path: Path) -> None:
+    for inside in (tmp_path / "out", tmp_path / "out" / "checkpoints"):
+        with pytest.raises(UsageError, match="Checkpoints are private"):
+            check_output_dir(tmp_path / "out", checkpoint_dir=inside)
+    check_output_dir(tmp_path / "out", checkpoint_dir=tmp_path / "checkpoints")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a place where nobody may write")
+def test_a_place_that_cannot_be_written_is_known_before_the_fine_tune(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Writing failed"):
+        check_output_dir("/proc/nowhere")
+    with pytest.raises(UsageError, match="too little space"):
+        check_output_dir(tmp_path / "out", bytes_needed=2**60)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("[enforce fail] PytorchStreamWriter failed")]
+)
+def test_a_full_disk_is_a_typed_error(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Writing failed"), storage_errors(tmp_path):
+        raise error
+    with pytest.raises(RuntimeError, match="shapes"), storage_errors(tmp_path):
+        raise RuntimeError("shapes do not fit")
+
+
+def test_what_was_spent_is_read_from_the_folder(tmp_path: Path) -> None:
+    assert spent_before(tmp_path) == (0.0, 0.0)
+    (tmp_path / "grad_transformer.json").write_text('{"differential_privacy": {"epsilon": 1}}')
+    with pytest.raises(AdapterFormatError):
+        spent_before(tmp_path)
+
+
+def test_killed_at_any_moment_no_new_weights_stand_beside_an_old_statement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tiny_root(tmp_path / "world")
+    old, new = moved(root), moved(root, seed=1)
+    old.metadata, new.metadata = {"differential_privacy": "old"}, {"differential_privacy": None}
+    output.write_adapter(old, tmp_path / "out")
+    (tmp_path / "out" / "README.md").write_text("the old bound")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("grad_transformer.adapters.adapter.save_tensors_atomic", killed)
+    with pytest.raises(KeyboardInterrupt):
+        output.write_adapter(new, tmp_path / "out")
+    left = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert left == ["grad_transformer.json"]
+    assert "old" not in (tmp_path / "out" / "grad_transformer.json").read_text()
