@@ -26,7 +26,7 @@ from ..adapters.io import read_json, write_json_atomic
 from ..adapters.privacy import PrivacyStatement
 from ..constants import FORMAT_VERSION
 from ..errors import IncompleteArtifactError, UsageError
-from ..finetuning.data import IGNORED_LABEL
+from ..finetuning.tokens import IGNORED_LABEL
 from .mechanism import (
     AccountantName,
     Gradients,

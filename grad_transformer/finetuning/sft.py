@@ -26,10 +26,11 @@ from trl import SFTTrainer
 
 from ..adapters import Root
 from ..errors import RecipeError
-from .data import IGNORED_LABEL, row_order, tokenize_rows
+from .data import row_order
 from .early_stopping import dropout_seed, has_converged
 from .models import check_finite, check_moved, read_adapter_tensors, write_adapter_tensors
 from .recipe import FineTuningRecipe
+from .tokens import IGNORED_LABEL, tokenize_rows
 
 
 Recorder = Callable[[int, Mapping[str, torch.Tensor]], None]
@@ -97,7 +98,10 @@ def run_sft(
     """
     started = time.perf_counter()
     check_supported(peft_model.get_base_model(), root)
-    tokenized = rows if "input_ids" in rows.column_names else tokenize_rows(rows, tokenizer, recipe.max_length)
+    tokenized = rows
+    if "input_ids" not in rows.column_names:
+        known = peft_model.get_input_embeddings().weight.shape[0]
+        tokenized = tokenize_rows(rows, tokenizer, recipe.max_length, num_embeddings=known)
     ordered = tokenized.select(row_order(len(tokenized), recipe.num_examples, seed))
     write_adapter_tensors(peft_model, root.adapter.tensors)
     recording = _SnapshotCallback(peft_model, root, recipe, recorder)

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..adapters import Root
 from ..adapters.statistics import DeltaReproducibility, delta_reproducibility
 from ..errors import GradTransformerError, IncompleteArtifactError, UsageError
-from ..finetuning import FineTuningRecipe, SftResult, attach_root, load_base, load_rows, run_sft, tokenize_rows
+from ..finetuning import FineTuningRecipe, SftResult, attach_root, load_base, run_sft, tokenize_rows
 from .batched import run_batched
 from .batches import FineTuneJob
 from .executors import ExecutorName, Group, make_workers, spread
@@ -149,7 +149,7 @@ def run_shadows(
         spread(groups, workers, num_workers=num_workers, retries=retries)
         return {role: len(ids) for role, ids in missing.items()}
     if any(missing.values()):
-        rows = _rows_of(plan) if rows is None else rows
+        rows = plan.load_rows(plan_dir) if rows is None else rows
         plan.check_rows(rows)
     for role, ids in missing.items():
         if not ids or rows is None:
@@ -268,10 +268,6 @@ class _Side:
         return fine_tune_many(self.model, self.tokenizer, self.root, jobs, recipe, **options)
 
 
-def _rows_of(plan: ShadowPlan) -> datasets.Dataset:
-    return load_rows(plan.data["path"], split=plan.data.get("split") or "train", revision=plan.data.get("revision"))
-
-
 def _load_side(
     plan: ShadowPlan,
     plan_dir: str | Path,
@@ -282,14 +278,16 @@ def _load_side(
 ) -> _Side:
     root = load_plan_root(plan, plan_dir, role)
     model, tokenizer = load_base(root.base_model, revision=root.base_revision, dtype=dtype, device=device)
-    return _Side(plan, role, root, model, tokenizer, tokenize_rows(rows, tokenizer, plan.side(role).recipe.max_length))
+    max_length, known = plan.side(role).recipe.max_length, model.get_input_embeddings().weight.shape[0]
+    tokens = tokenize_rows(rows, tokenizer, max_length, num_embeddings=known)
+    return _Side(plan, role, root, model, tokenizer, tokens)
 
 
 @lru_cache(maxsize=1)
 def _cached_side(plan_dir: str, role: str, dtype: str | torch.dtype, device: str | None) -> _Side:
     """What a worker keeps from one group of runs to the next."""
     plan = ShadowPlan.load(plan_dir)
-    rows = _rows_of(plan)
+    rows = plan.load_rows(plan_dir)
     plan.check_rows(rows)
     return _load_side(plan, plan_dir, role, rows, dtype, device)
 
