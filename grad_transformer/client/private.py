@@ -104,8 +104,8 @@ def finetune_client_privately(
         trainer = PrivateSFTTrainer(
             task.model,
             task.recipe.to_sft_config(folder, seed=0, **{**settings, **sft_config}),
-            train_dataset=_tokenized(task.rows, task),
-            eval_dataset=None if eval_rows is None else _tokenized(check_rows(eval_rows), task),
+            train_dataset=tokenize_rows(task.rows, task.text_tokenizer, task.recipe.max_length),
+            eval_dataset=None if eval_rows is None else _tokenized(eval_rows, task),
             processing_class=task.text_tokenizer,
             privacy=privacy if privacy.batch_size else _with_batch_size(privacy, task.recipe.rows_per_step),
             callbacks=None if early_stopping_patience is None else [EarlyStoppingCallback(early_stopping_patience)],
@@ -153,6 +153,5 @@ def _with_batch_size(privacy: PrivacyArguments, batch_size: int) -> PrivacyArgum
     return PrivacyArguments(**{**vars(privacy), "batch_size": batch_size})
 
 
-def _tokenized(rows: datasets.Dataset, task: ClientTask) -> datasets.Dataset:
-    known = task.model.get_input_embeddings().weight.shape[0]
-    return tokenize_rows(rows, task.text_tokenizer, task.recipe.max_length, num_embeddings=known)
+def _tokenized(rows: datasets.Dataset | Sequence[Mapping[str, Any]], task: ClientTask) -> datasets.Dataset:
+    return tokenize_rows(check_rows(rows), task.text_tokenizer, task.recipe.max_length)

@@ -217,11 +217,10 @@ def _mappings(rows: Rows) -> Iterable[Mapping[str, Any]]:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[RenderedPrompt]) -> list[list[int]]:
-    kinds = {
-        templated: iter(encode(tokenizer, [p.text for p in prompts if p.templated == templated], special=not templated))
-        for templated in (False, True)
-    }
-    return [next(kinds[prompt.templated]) for prompt in prompts]
+    texts = {kind: [prompt.text for prompt in prompts if prompt.templated == kind] for kind in (False, True)}
+    # A rendered chat template holds its special tokens already.
+    ids = {kind: iter(encode(tokenizer, texts[kind], special=not kind)) for kind in texts}
+    return [next(ids[prompt.templated]) for prompt in prompts]
 
 
 def _batches(order: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:

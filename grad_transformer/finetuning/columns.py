@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral
 from reprlib import Repr
@@ -203,7 +204,8 @@ def _are_messages(value: Any) -> bool:
     return (
         isinstance(value, list)
         and len(value) > 0
-        and all(isinstance(item, Mapping) and isinstance(item.get("role"), str) and "content" in item for item in value)
+        and all(isinstance(item, Mapping) and isinstance(item.get("role"), str) for item in value)
+        and all("content" in item for item in value)
     )
 
 
@@ -251,10 +253,8 @@ def _task(row: SourceRow, value: Any) -> str | None:
 def _tools(row: SourceRow, value: Any) -> list[dict[str, Any]] | None:
     """Schemas of tools, also as JSON text; an empty list is none."""
     if isinstance(value, str):
-        try:
+        with suppress(ValueError, RecursionError):
             value = json.loads(value) if value.strip() else None
-        except (ValueError, RecursionError):
-            pass
     value = _plain(value)
     if value is None or (isinstance(value, list) and not value):
         return None

@@ -46,7 +46,8 @@ def load_rows(
         split (`str`, *optional*, defaults to `"train"`): split, or part of one (`"train[:1000]"`). A file has any.
         revision, name (`str`, *optional*): revision and configuration of a dataset on the Hub.
         prompt_column, completion_column (`str`, *optional*): where the columns are called otherwise.
-        keep_cache (`bool`, *optional*, defaults to `True`): whether `datasets` keeps its table of a dataset on the Hub.
+        keep_cache (`bool`, *optional*, defaults to `True`): whether `datasets` keeps its table of a dataset on the
+            Hub.
 
     Returns:
         `datasets.Dataset` in memory, with columns `prompt` and `completion`, both strings or both lists of messages,
@@ -121,7 +122,7 @@ def row_order(num_rows: int, num_examples_needed: int, seed: int) -> list[int]:
 def _given_rows(rows: Any, path: str | Path | None) -> Iterator[SourceRow]:
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):
         rows = rows.to_dict("records")  # a pandas DataFrame
-    if isinstance(rows, Mapping) or isinstance(rows, str | bytes) or not isinstance(rows, Iterable):
+    if isinstance(rows, Mapping | str | bytes) or not isinstance(rows, Iterable):
         splits = isinstance(rows, Mapping) and all(isinstance(value, Dataset) for value in rows.values())
         raise DataError(
             "These are no rows.",

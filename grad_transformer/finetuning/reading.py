@@ -376,7 +376,9 @@ def _csv_next(reader: Any, *, first: bool = False) -> list[str]:
         return cast(list[str], next(reader))
     except StopIteration:
         if first:
-            raise _CannotRead("The file is empty.", expected="a line of column names, and rows", found="nothing") from None
+            raise _CannotRead(
+                "The file is empty.", expected="a line of column names, and rows", found="nothing"
+            ) from None
         raise
     except csv.Error as cause:
         raise _CannotRead(

@@ -98,10 +98,7 @@ def run_sft(
     """
     started = time.perf_counter()
     check_supported(peft_model.get_base_model(), root)
-    tokenized = rows
-    if "input_ids" not in rows.column_names:
-        known = peft_model.get_input_embeddings().weight.shape[0]
-        tokenized = tokenize_rows(rows, tokenizer, recipe.max_length, num_embeddings=known)
+    tokenized = rows if "input_ids" in rows.column_names else tokenize_rows(rows, tokenizer, recipe.max_length)
     ordered = tokenized.select(row_order(len(tokenized), recipe.num_examples, seed))
     write_adapter_tensors(peft_model, root.adapter.tensors)
     recording = _SnapshotCallback(peft_model, root, recipe, recorder)

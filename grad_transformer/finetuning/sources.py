@@ -1,4 +1,4 @@
-"""Where rows come from: a file or folder of this machine, or a dataset on the Hub; decided without asking the network."""
+"""Where rows come from: a file or folder of this machine, or a dataset on the Hub. What is a name is decided here."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class RowSource:
     """Where rows come from, and how they are read.
 
     Args:
-        path (`str`): a file, a folder, or `org/name`, `org/name:configuration`, `org/name@revision` on the Hub, also as
-            its pasted address.
+        path (`str`): a file, a folder, or a dataset on the Hub: `org/name`, `org/name:configuration`,
+            `org/name@revision`, or its pasted address.
         split (`str`, *optional*, defaults to `"train"`): split, or part of one (`"train[:1000]"`, `"train[10%:20%]"`).
         revision, name (`str`, *optional*): of a dataset on the Hub: revision and configuration.
         prompt_column, completion_column (`str`, *optional*): where the columns are called otherwise.

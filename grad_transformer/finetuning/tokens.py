@@ -48,18 +48,17 @@ class TokenCounts:
         rows (`int`): how many there are.
         truncated (`int`): how many lose their end to `max_length`.
         longest (`int`): tokens of the longest, before that.
-        largest_id (`int`): of all tokens.
+        largest_id, row_of_largest_id (`int`): the largest of all token ids, and the first row that has it.
     """
 
     rows: int = 0
     truncated: int = 0
     longest: int = 0
     largest_id: int = -1
+    row_of_largest_id: int = -1
 
 
-def tokenize_rows(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, num_embeddings: int | None = None
-) -> Dataset:
+def tokenize_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
     """Token ids and labels as TRL's `SFTTrainer` makes them: loss on the completion alone.
 
     A string completion ends in the tokenizer's end token, once; messages go through the chat template, with the row's
@@ -70,29 +69,26 @@ def tokenize_rows(
         rows (`datasets.Dataset`): columns `prompt`, `completion`, optionally `tools`; see [`load_rows`].
         tokenizer (`PreTrainedTokenizerBase`): the base model's.
         max_length (`int`): longer sequences lose their end.
-        num_embeddings (`int`, *optional*): tokens that the base model has an embedding for.
 
     Returns:
         `datasets.Dataset` of the same length and order: `input_ids`, `labels` (-100 where there is no loss).
 
     Raises:
-        [`DataError`]: a row that the chat template refuses, whose prompt alone fills `max_length`, or with a token
-            that has no embedding; a tokenizer without end token or chat template.
+        [`DataError`]: a row that the chat template refuses, or whose prompt alone fills `max_length`; a tokenizer
+            without end token or chat template.
     """
     kind = pa.list_(pa.int32())
     batches = [
         pa.RecordBatch.from_pydict({"input_ids": pa.array(ids, kind), "labels": pa.array(labels, kind)})
-        for ids, labels in _batches(rows, tokenizer, max_length, num_embeddings, TokenCounts())
+        for ids, labels in _batches(rows, tokenizer, max_length, TokenCounts())
     ]
     return Dataset(pa.Table.from_batches(batches), fingerprint=generate_random_fingerprint())
 
 
-def count_tokens(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, num_embeddings: int | None = None
-) -> TokenCounts:
+def count_tokens(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TokenCounts:
     """Check all rows as [`tokenize_rows`] does, and keep no more than counts; arguments and errors as there."""
     counts = TokenCounts()
-    for _ in _batches(rows, tokenizer, max_length, num_embeddings, counts):
+    for _ in _batches(rows, tokenizer, max_length, counts):
         pass
     return counts
 
@@ -122,15 +118,13 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], *,
     prompt = row[PROMPT]
     if isinstance(prompt, str):
         return RenderedPrompt(prompt, templated=False)
-    return RenderedPrompt(_render(tokenizer, prompt, row.get(TOOLS), index, add_generation_prompt=True), templated=True)
+    return RenderedPrompt(
+        _render(tokenizer, prompt, row.get(TOOLS), index, add_generation_prompt=True), templated=True
+    )
 
 
 def _batches(
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    num_embeddings: int | None,
-    counts: TokenCounts,
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, counts: TokenCounts
 ) -> Iterator[tuple[list[list[int]], list[list[int]]]]:
     """Token ids and labels, some rows at a time; `counts` grows with them."""
     columns = [name for name in (PROMPT, COMPLETION, TOOLS) if name in rows.column_names]
@@ -144,10 +138,10 @@ def _batches(
         labels = []
         for index, (prompt, full) in enumerate(zip(prompt_ids, full_ids, strict=True), start=first):
             labels.append(_labels(prompt, full, max_length, index))
-            _check_ids(full, num_embeddings, index, tokenizer)
             counts.truncated += len(full) > max_length
             counts.longest = max(counts.longest, len(full))
-            counts.largest_id = max(counts.largest_id, *full)
+            if max(full) > counts.largest_id:
+                counts.largest_id, counts.row_of_largest_id = max(full), index
         counts.rows += len(labels)
         yield [ids[:max_length] for ids in full_ids], labels
 
@@ -169,19 +163,6 @@ def _labels(prompt: Sequence[int], full: Sequence[int], max_length: int, index: 
             remedy="raise max_length in the recipe, shorten the prompt, or drop the row",
         )
     return labels
-
-
-def _check_ids(
-    ids: Sequence[int], num_embeddings: int | None, index: int, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    if num_embeddings is not None and max(ids) >= num_embeddings:
-        raise DataError(
-            f"Row {index} holds a token that the base model has no embedding for.",
-            path=tokenizer.name_or_path,
-            expected=f"token ids below {num_embeddings}",
-            found=f"{max(ids)} ({tokenizer.convert_ids_to_tokens(max(ids))!r})",
-            remedy="use the tokenizer that belongs to the base model, or resize the model's embedding and save it",
-        )
 
 
 def _tokenize_texts(

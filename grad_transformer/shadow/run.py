@@ -149,8 +149,10 @@ def run_shadows(
         spread(groups, workers, num_workers=num_workers, retries=retries)
         return {role: len(ids) for role, ids in missing.items()}
     if any(missing.values()):
-        rows = plan.load_rows(plan_dir) if rows is None else rows
-        plan.check_rows(rows)
+        if rows is None:
+            rows = plan.load_rows(plan_dir)
+        else:
+            plan.check_rows(rows)
     for role, ids in missing.items():
         if not ids or rows is None:
             logger.info(f"All {len(plan.runs)} {role} runs are finished.")
@@ -278,18 +280,14 @@ def _load_side(
 ) -> _Side:
     root = load_plan_root(plan, plan_dir, role)
     model, tokenizer = load_base(root.base_model, revision=root.base_revision, dtype=dtype, device=device)
-    max_length, known = plan.side(role).recipe.max_length, model.get_input_embeddings().weight.shape[0]
-    tokens = tokenize_rows(rows, tokenizer, max_length, num_embeddings=known)
-    return _Side(plan, role, root, model, tokenizer, tokens)
+    return _Side(plan, role, root, model, tokenizer, tokenize_rows(rows, tokenizer, plan.side(role).recipe.max_length))
 
 
 @lru_cache(maxsize=1)
 def _cached_side(plan_dir: str, role: str, dtype: str | torch.dtype, device: str | None) -> _Side:
     """What a worker keeps from one group of runs to the next."""
     plan = ShadowPlan.load(plan_dir)
-    rows = plan.load_rows(plan_dir)
-    plan.check_rows(rows)
-    return _load_side(plan, plan_dir, role, rows, dtype, device)
+    return _load_side(plan, plan_dir, role, plan.load_rows(plan_dir), dtype, device)
 
 
 def do_group(
