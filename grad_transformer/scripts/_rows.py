@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -17,3 +18,7 @@ class RowFlags:
     completion_column: str | None = field(
         default=None, metadata={"help": "Column of the completions; default: completion, messages, or output."}
     )
+
+    def arguments(self) -> dict[str, Any]:
+        """As `load_rows` and `RowSource` take them."""
+        return asdict(self)

@@ -4,7 +4,8 @@
     grad-transformer client --mapper mapper --data private.jsonl --output_dir bank-a --dp_epsilon 1.0 --dp_delta 1e-5
     grad-transformer client --mapper mapper --data private.jsonl --output_dir ceiling --role target
 
-Rows have a `prompt` and a `completion`. Root and recipe come with the mapper. An adapter can reveal rows it was
+Rows have a `prompt` and a `completion`, or `messages`, or Alpaca's columns; a file is read strictly, line by line, and
+nothing of it is cached. Root and recipe come with the mapper. An adapter can reveal rows it was
 trained on: sending only the adapter is no privacy guarantee. `--role target` fine-tunes the LLM in the same way, for
 comparison.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ._common import CommandParser, CommandResult, check_device
+from ._rows import RowFlags
 
 
 if TYPE_CHECKING:
@@ -27,7 +29,9 @@ class ClientArguments:
     """Arguments of `grad-transformer client`."""
 
     mapper: str = field(metadata={"help": "Folder or Hub repository of the mapper."})
-    data: str = field(metadata={"help": "Rows: a .jsonl, .json, .csv or .parquet file, a folder, or a Hub dataset."})
+    data: str = field(
+        metadata={"help": "Rows: a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, or a Hub dataset."}
+    )
     output_dir: str = field(metadata={"help": "Folder for the adapter."})
     data_split: str = field(default="train", metadata={"help": "Split of a dataset."})
     mapper_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the mapper."})
@@ -87,10 +91,10 @@ class ClientArguments:
 
 
 def make_parser() -> CommandParser:
-    return CommandParser(ClientArguments, command="client", description=__doc__)
+    return CommandParser(ClientArguments, RowFlags, command="client", description=__doc__)
 
 
-def main(args: ClientArguments) -> CommandResult:
+def main(args: ClientArguments, columns: RowFlags) -> CommandResult:
     from ..client import finetune_client
     from ..errors import UsageError
     from ..finetuning import load_rows
@@ -108,7 +112,9 @@ def main(args: ClientArguments) -> CommandResult:
             expected="--early_stopping_patience and --eval_data only with --dp_epsilon",
             found=f"early_stopping_patience={args.early_stopping_patience}",
         )
-    rows = load_rows(args.data, split=args.data_split)
+    # Private rows: no table of them is left in a cache.
+    reading = {"split": args.data_split, "keep_cache": False, **columns.arguments()}
+    rows = load_rows(args.data, **reading)
     arguments = {
         "role": args.role,
         "base_model": args.base_model,
@@ -143,7 +149,7 @@ def main(args: ClientArguments) -> CommandResult:
             ),
             physical_batch_size=args.dp_physical_batch_size,
             checkpoint_dir=args.dp_checkpoint_dir,
-            eval_rows=None if args.eval_data is None else load_rows(args.eval_data, split=args.data_split),
+            eval_rows=None if args.eval_data is None else load_rows(args.eval_data, **reading),
             early_stopping_patience=args.early_stopping_patience,
             **arguments,  # type: ignore[arg-type]
         )

@@ -41,6 +41,7 @@ from ..shadow import DeltaDataset, load_delta_dataset
 from ..training import evaluate_heldout
 from ._common import CommandParser, CommandResult, check_device
 from ._refinement import RefinementFlags
+from ._rows import RowFlags
 
 
 _REQUIRED, _OPTIONAL = {"id", "adapter", "test_data"}, {"llm_adapter", "kind", "task"}
@@ -63,22 +64,22 @@ class EvaluateArguments:
 
 
 def make_parser() -> CommandParser:
-    return CommandParser(EvaluateArguments, RefinementFlags, command="evaluate", description=__doc__)
+    return CommandParser(EvaluateArguments, RefinementFlags, RowFlags, command="evaluate", description=__doc__)
 
 
-def main(args: EvaluateArguments, refinement: RefinementFlags) -> CommandResult:
+def main(args: EvaluateArguments, refinement: RefinementFlags, columns: RowFlags) -> CommandResult:
     check_device(args.device, args.dtype)
     entries = read_clients(args.clients)
     mapper = GradTransformer.from_pretrained(args.mapper)
     deltas = load_delta_dataset(args.dataset)
-    cases = [_case(entry, mapper) for entry in entries]
+    cases = [_case(entry, mapper, columns) for entry in entries]
     methods = {}
     if refinement.refine_data is not None:
         methods = refined_methods(
             mapper,
             deltas,
             [case.adapter for case in cases],
-            load_rows(refinement.refine_data),
+            load_rows(refinement.refine_data, **columns.arguments()),
             refinement.arguments(seed=args.seed),
             source_model=args.source_model,
             target_model=args.target_model,
@@ -235,14 +236,14 @@ def refined_methods(
     }
 
 
-def _case(entry: Mapping[str, Any], mapper: GradTransformer) -> ClientCase:
+def _case(entry: Mapping[str, Any], mapper: GradTransformer, columns: RowFlags) -> ClientCase:
     source, target = mapper.tokenizers()
     task = str(entry.get("task") or "")
     ceiling = entry.get("llm_adapter")
     return ClientCase(
         id=str(entry["id"]),
         adapter=LoraAdapter.from_pretrained(entry["adapter"], layout=source.layout),
-        test_rows=list(load_rows(entry["test_data"], split="test")),
+        test_rows=list(load_rows(entry["test_data"], split="test", **columns.arguments())),
         llm_adapter=None if ceiling is None else LoraAdapter.from_pretrained(ceiling, layout=target.layout),
         kind=str(entry.get("kind") or "other"),
         task=task,

@@ -6,9 +6,9 @@
     grad-transformer plan --config plan.yaml --estimate --estimate_device H100
 
 Rows have a `prompt` and a `completion` (or `messages`, or Alpaca's columns), and optionally a `task`. All of them are
-rendered and tokenised for both models here, so that what a chat template refuses fails now, not after days. The root of each model, the adapter that
-all its runs start from, is drawn here once. Fine-tuning arguments hold for both models; those with `target_` are the
-LLM's own.
+rendered and tokenised for both models here: what a chat template refuses fails now. The root of each model, the
+adapter that all its runs start from, is drawn here once. Fine-tuning arguments hold for both models; those with
+`target_` are the LLM's own.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def main(args: PlanArguments, columns: RowFlags) -> CommandResult:
         facts = {role: dataclasses.asdict(side) for role, side in sides.items()}
         return CommandResult({**facts, "assumptions": dict(assumed)}, f"{text}\nNothing was written (--estimate).")
     source = RowSource.of(
-        args.data, split=args.data_split, revision=args.data_revision, **dataclasses.asdict(columns)
+        args.data, split=args.data_split, revision=args.data_revision, **columns.arguments()
     ).pinned()
     rows = load_source(source)
     # Everything that can be wrong is found before weights are loaded: models are outlines without them till then.

@@ -226,6 +226,13 @@ def assumptions(device_name: str, mfu: float, completion_share: float = 0.5) -> 
     ]
 
 
+def format_hours(hours: float) -> str:
+    """`"12 minutes"`, `"3.4 hours"`, `"145 hours"`, `"12,300 hours"`."""
+    if hours < 1:
+        return f"{max(60 * hours, 0.1):.1f} minutes" if hours < 1 / 6 else f"{60 * hours:.0f} minutes"
+    return f"{hours:.1f} hours" if hours < 10 else f"{hours:,.0f} hours"
+
+
 def estimate_table(sides: Mapping[str, SideEstimate]) -> list[list[Any]]:
     """Rows of label, TinyLM, LLM."""
     both = list(sides.values())
@@ -235,7 +242,7 @@ def estimate_table(sides: Mapping[str, SideEstimate]) -> list[list[Any]]:
         ["values of an adapter", *(f"{side.adapter_values:,}" for side in both)],
         ["tokens of all runs", *(f"{side.tokens / 1e9:.2f}e9" for side in both)],
         ["GFLOPs a token", *(f"{side.flops_per_token / 1e9:.1f}" for side in both)],
-        ["device hours, all runs", *(f"{side.hours:.1f}" for side in both)],
+        ["device time, all runs", *(format_hours(side.hours) for side in both)],
         ["adapters at once", *(side.batch.num_adapters if side.batch else "none fits" for side in both)],
         ["memory, GB", *(f"{side.memory / 1e9:.1f}" for side in both)],
         ["disk, checkpoint, GB", *(f"{side.weight_bytes / 1e9:.1f}" for side in both)],
