@@ -35,7 +35,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..documents import parse_json
 from ..errors import DataError
-from ..finetuning.data import load_table
+from ..finetuning.sources import load_table
 from .answers import ANSWER_MARK, SPAN_SEPARATOR, final_letter, final_number, rouge1, same_spans
 from .scoring import Rows, RowScores, score_rows
 

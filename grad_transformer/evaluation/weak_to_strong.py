@@ -22,7 +22,7 @@ from ..adapters import LoraAdapter
 from ..adapters.io import read_record, write_json_atomic
 from ..constants import FORMAT_VERSION
 from ..finetuning import FineTuningRecipe, SftResult, SftTrainer, check_rows, run_sft, write_adapter_tensors
-from ..finetuning.data import IGNORED_LABEL
+from ..finetuning.tokens import IGNORED_LABEL
 from ..schemas import WeakLabelsRecord
 from ..tokenization_lora_delta import LoraDeltaTokenizer
 from .clients import AdapterScorer

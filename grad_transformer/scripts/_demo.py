@@ -144,7 +144,7 @@ class Demo:
             target_root=roots["target"],
             source_recipe=FineTuningRecipe(**preset.recipe_arguments(preset.tinylm)),
             target_recipe=FineTuningRecipe(**preset.recipe_arguments(preset.llm)),
-            data={"path": str(public)},
+            data={"path": str(public.resolve())},
             seed=self.world.seed,
             strategy="per_task",
             validation_fraction=HELDOUT_FRACTION,

@@ -12,6 +12,7 @@ from ..modeling_grad_transformer import GradTransformer
 from ..refinement import fit_candidates, refine_clients, refinement_metadata, shadow_annotators
 from ..shadow import check_dataset_of, load_delta_dataset
 from ._refinement import RefinementFlags
+from ._rows import RowFlags
 
 
 class Prediction:
@@ -27,9 +28,11 @@ class Prediction:
         method: str,
         dataset: str | None,
         refinement: RefinementFlags,
+        columns: RowFlags,
         **models: str | None,
     ):
         self._mapper, self._method, self._flags, self._models = mapper, method, refinement, models
+        self._columns = columns
         self.facts: list[dict[str, Any]] = []
         if method != "mapper" and dataset is None:
             raise UsageError(
@@ -67,7 +70,7 @@ class Prediction:
             self._mapper,
             self._predictors,
             [self._mapper.tokenizers()[0].decode_delta(delta_P) for delta_P in source_NP],
-            load_rows(self._flags.refine_data),
+            load_rows(self._flags.refine_data, **self._columns.arguments()),
             arguments,
             annotators=self._annotators,
             candidates=None if self._method == "best" else [self._method],

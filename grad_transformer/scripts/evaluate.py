@@ -28,6 +28,7 @@ from ..errors import DeltaDatasetError, UsageError
 from ..outputs import prepare_output
 from ._common import CommandParser, CommandResult, check_device
 from ._refinement import RefinementFlags
+from ._rows import RowFlags
 
 
 if TYPE_CHECKING:
@@ -57,10 +58,10 @@ class EvaluateArguments:
 
 
 def make_parser() -> CommandParser:
-    return CommandParser(EvaluateArguments, RefinementFlags, command="evaluate", description=__doc__)
+    return CommandParser(EvaluateArguments, RefinementFlags, RowFlags, command="evaluate", description=__doc__)
 
 
-def main(args: EvaluateArguments, refinement: RefinementFlags) -> CommandResult:
+def main(args: EvaluateArguments, refinement: RefinementFlags, columns: RowFlags) -> CommandResult:
     from ..evaluation.report import summary_table
     from ..finetuning import load_rows
     from ..modeling_grad_transformer import GradTransformer
@@ -74,14 +75,14 @@ def main(args: EvaluateArguments, refinement: RefinementFlags) -> CommandResult:
     deltas = load_delta_dataset(args.dataset)
     check_dataset_of(mapper, deltas)
     heldout_split(deltas)
-    cases = [_case(entry, mapper) for entry in entries]
+    cases = [_case(entry, mapper, columns) for entry in entries]
     methods = {}
     if refinement.refine_data is not None:
         methods = refined_methods(
             mapper,
             deltas,
             [case.adapter for case in cases],
-            load_rows(refinement.refine_data),
+            load_rows(refinement.refine_data, **columns.arguments()),
             refinement.arguments(seed=args.seed),
             source_model=args.source_model,
             target_model=args.target_model,
@@ -265,7 +266,7 @@ def refined_methods(
     }
 
 
-def _case(entry: Mapping[str, Any], mapper: GradTransformer) -> ClientCase:
+def _case(entry: Mapping[str, Any], mapper: GradTransformer, columns: RowFlags) -> ClientCase:
     from ..adapters import LoraAdapter
     from ..evaluation.clients import ClientCase
     from ..finetuning import load_rows
@@ -276,7 +277,7 @@ def _case(entry: Mapping[str, Any], mapper: GradTransformer) -> ClientCase:
     return ClientCase(
         id=str(entry["id"]),
         adapter=LoraAdapter.from_pretrained(entry["adapter"], layout=source.layout),
-        test_rows=list(load_rows(entry["test_data"], split="test")),
+        test_rows=list(load_rows(entry["test_data"], split="test", **columns.arguments())),
         llm_adapter=None if ceiling is None else LoraAdapter.from_pretrained(ceiling, layout=target.layout),
         kind=str(entry.get("kind") or "other"),
         task=task,

@@ -35,6 +35,7 @@ from ..outputs import prepare_output
 from ..refinement.arguments import CANDIDATES
 from ._common import CommandParser, CommandResult, check_device
 from ._refinement import RefinementFlags, describe_refinement
+from ._rows import RowFlags
 
 
 if TYPE_CHECKING:
@@ -110,10 +111,10 @@ class GenerateArguments:
 
 
 def make_parser() -> CommandParser:
-    return CommandParser(GenerateArguments, RefinementFlags, command="generate", description=__doc__)
+    return CommandParser(GenerateArguments, RefinementFlags, RowFlags, command="generate", description=__doc__)
 
 
-def main(args: GenerateArguments, refinement: RefinementFlags) -> CommandResult:
+def main(args: GenerateArguments, refinement: RefinementFlags, columns: RowFlags) -> CommandResult:
     import torch
 
     from ..adapters.privacy import STATEMENT_KEY
@@ -133,6 +134,7 @@ def main(args: GenerateArguments, refinement: RefinementFlags) -> CommandResult:
         args.method,
         args.dataset,
         refinement,
+        columns,
         source_model=args.source_model,
         target_model=args.target_model,
         device=args.device,

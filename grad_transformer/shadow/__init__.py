@@ -4,7 +4,8 @@ from .batched import run_batched
 from .batches import FineTuneJob
 from .dataset import DeltaDataset, DeltaPairs, build_delta_dataset, load_delta_dataset
 from .identity import check_dataset_of
-from .plan import ShadowPlan, ShadowRun, plan_shadows
+from .plan import ShadowPlan, ShadowRun
+from .planning import plan_shadows
 from .records import RunRecord, missing_runs, read_run, write_run
 from .run import fine_tune_many, run_shadows, shadow_summary
 

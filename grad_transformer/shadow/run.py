@@ -19,7 +19,7 @@ from ..adapters import Root
 from ..adapters.statistics import DeltaReproducibility, delta_reproducibility
 from ..constants import RUNS_FOLDER
 from ..errors import GradTransformerError, IncompleteArtifactError, PlanError, UsageError
-from ..finetuning import FineTuningRecipe, SftResult, attach_root, load_base, load_rows, run_sft, tokenize_rows
+from ..finetuning import FineTuningRecipe, SftResult, attach_root, load_base, run_sft, tokenize_rows
 from ..locks import sole_writer
 from ..outputs import disk_error, holds, try_writing
 from .batched import run_batched
@@ -197,8 +197,10 @@ def _do_here(
 ) -> None:
     """Do the missing runs of each role in this process."""
     if any(missing.values()):
-        rows = _rows_of(plan) if rows is None else rows
-        plan.check_rows(rows)
+        if rows is None:
+            rows = plan.load_rows(plan_dir)
+        else:
+            plan.check_rows(rows)
     for role, ids in missing.items():
         if not ids or rows is None:
             logger.info(f"All {len(plan.runs)} {role} runs are finished.")
@@ -310,10 +312,6 @@ class _Side:
         return fine_tune_many(self.model, self.tokenizer, self.root, jobs, recipe, **options)
 
 
-def _rows_of(plan: ShadowPlan) -> datasets.Dataset:
-    return load_rows(plan.data["path"], split=plan.data.get("split") or "train", revision=plan.data.get("revision"))
-
-
 def _load_side(
     plan: ShadowPlan,
     plan_dir: str | Path,
@@ -331,9 +329,7 @@ def _load_side(
 def _cached_side(plan_dir: str, role: str, dtype: str | torch.dtype, device: str | None) -> _Side:
     """What a worker keeps from one group of runs to the next."""
     plan = ShadowPlan.load(plan_dir)
-    rows = _rows_of(plan)
-    plan.check_rows(rows)
-    return _load_side(plan, plan_dir, role, rows, dtype, device)
+    return _load_side(plan, plan_dir, role, plan.load_rows(plan_dir), dtype, device)
 
 
 def do_group(
