@@ -22,6 +22,7 @@ from grad_transformer import cli
 from grad_transformer.errors import AdapterFormatError, UsageError
 from grad_transformer.scripts._common import CommandParser, CommandResult, format_table
 from grad_transformer.scripts._output import emit
+from tests import manifests
 
 
 ROOT = Path(__file__).parents[1]
@@ -253,8 +254,12 @@ def test_wrong_flags_are_refused(parser: CommandParser, arguments: list[str], me
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- steps", "must contain a YAML mapping"),
-        ("", "must contain a YAML mapping"),
+        ("- steps", "valid dictionary"),
+        ("", "valid dictionary"),
+        ("1: 2", "Unknown key `1`"),
+        ("steps: &a 3", "anchor"),
+        ("steps: 3\nsteps: 4", "twice"),
+        ("[" * 5000, "levels"),
         ("steps: [", "not valid YAML"),
         ("stepz: 3", "did you mean steps?"),
         ("help: true", "Unknown key `help`"),
@@ -478,10 +483,10 @@ def test_inspect_verifies_a_root(run_cli: Any, adapter_folder: Path) -> None:
     ("name", "manifest", "kind"),
     [
         ("config.json", {"model_type": "grad_transformer", "d_model": 128}, "mapper"),
-        ("plan.json", {"format_version": 1, "seed": 3}, "shadow plan"),
-        ("delta_dataset.json", {"format_version": 1, "pairs": [1] * 99}, "delta dataset"),
-        ("lora_delta_tokenizer.json", {"format_version": 1}, "delta tokenizer"),
-        ("report.json", {"format_version": 1, "preset": "quick"}, "report"),
+        ("plan.json", manifests.PLAN, "shadow plan"),
+        ("delta_dataset.json", manifests.DELTA_DATASET, "delta dataset"),
+        ("lora_delta_tokenizer.json", manifests.TOKENIZER, "delta tokenizer"),
+        ("report.json", manifests.REPORT, "report"),
     ],
 )
 def test_inspect_knows_a_folder_by_its_manifest(
@@ -490,13 +495,13 @@ def test_inspect_knows_a_folder_by_its_manifest(
     (tmp_path / name).write_text(json.dumps(manifest))
     found = run_cli("inspect", tmp_path, "--json").json
     assert found["kind"] == kind
-    scalars = {key: value for key, value in manifest.items() if not isinstance(value, list)}
+    scalars = {key: value for key, value in manifest.items() if not isinstance(value, list | dict)}
     assert scalars.items() <= found.items()
     assert kind in run_cli("inspect", tmp_path).stdout
 
 
 def test_inspect_counts_the_runs_of_a_plan(run_cli: Any, tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_text("{}")
+    (tmp_path / "plan.json").write_text(json.dumps(manifests.PLAN))
     for model, count in (("tinylm", 3), ("llm", 2)):
         (tmp_path / "runs" / model).mkdir(parents=True)
         for number in range(count):
@@ -512,6 +517,7 @@ def test_inspect_counts_the_runs_of_a_plan(run_cli: Any, tmp_path: Path) -> None
         ({"notes.txt": "x"}, "IncompleteArtifactError"),
         ({"plan.json": '{"format_version": 99}'}, "FormatVersionError"),
         ({"plan.json": "not json"}, "IncompleteArtifactError"),
+        ({"plan.json": json.dumps({**manifests.PLAN, "runs": [{"shadow_id": "../x"}]})}, "IncompleteArtifactError"),
         ({"adapter_config.json": "{}", "adapter_model.bin": "x"}, "AdapterFormatError"),
     ],
 )

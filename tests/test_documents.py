@@ -169,6 +169,8 @@ def untyped_readings(tree: ast.Module) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module in ("json", "yaml"):
             found += [f"line {node.lineno}: from {node.module} import {alias.name}" for alias in node.names]
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("safetensors"):
+            found += [f"line {node.lineno}: {alias.name}" for alias in node.names if alias.name.startswith("load")]
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             name = f"{node.value.id}.{node.attr}"
             parses = name in ("json.load", "json.loads", "json.JSONDecoder") or (
@@ -188,7 +190,15 @@ def test_every_json_and_yaml_is_read_with_a_schema(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "code", ["json.loads(x)", "json.load(f)", "yaml.safe_load(x)", "yaml.load(x, L)", "from json import loads"]
+    "code",
+    [
+        "json.loads(x)",
+        "json.load(f)",
+        "yaml.safe_load(x)",
+        "yaml.load(x, L)",
+        "from json import loads",
+        "from safetensors.torch import load_file",
+    ],
 )
 def test_the_check_sees_a_reading_without_a_schema(code: str) -> None:
     assert untyped_readings(ast.parse(code))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 
 HOSTILE: list[Any] = [
@@ -195,9 +196,8 @@ def _like(value: Any, rng: random.Random) -> Any:
     if isinstance(value, str):
         return rng.choice([value + "\x1b[31m", value[::-1], value * 3, [value], value + "/../..", value.upper()])
     if isinstance(value, list):
-        return rng.choice(
-            [value * 2, value[:1], value[::-1], {str(i): v for i, v in enumerate(value[:50])}, value * 40]
-        )
+        named = dict(zip("abcdef", value, strict=False))
+        return rng.choice([value * 2, value[:1], value[::-1], named, value * 40])
     if isinstance(value, dict):
         return rng.choice([list(value.values()), list(value), {**value, "x": 1}, str(value)[:300]])
     return rng.choice([0, "", []])
@@ -212,7 +212,13 @@ def _places(data: Any, depth: int = 0) -> Iterator[tuple[int, Any, Any]]:
 
 
 def mutate_yaml(path: Path, rng: random.Random) -> None:
-    """A scalar, a line or a key of a YAML file replaced by one of its quirks."""
+    """Values changed as in JSON; or a scalar, a line or a key replaced by one of YAML's quirks."""
+    if rng.random() < 0.65:
+        try:
+            path.write_text(yaml.safe_dump(change(yaml.safe_load(path.read_text()), rng), sort_keys=False))
+        except (ValueError, TypeError, RecursionError, yaml.YAMLError):
+            return
+        return
     lines = path.read_text(errors="replace").splitlines() or [""]
     for _ in range(rng.choice([1, 1, 2, 3])):
         number = rng.randrange(len(lines))
@@ -232,7 +238,7 @@ def mutate_yaml(path: Path, rng: random.Random) -> None:
             lines = lines or [""]
         else:
             lines.insert(number, rng.choice(RAW_YAML))
-    path.write_text("\n".join(lines) + "\n", errors="surrogatepass" if rng.random() < 0 else "replace")
+    path.write_text("\n".join(lines) + "\n", errors="replace")
 
 
 def _dumped(value: Any) -> str:
@@ -270,9 +276,8 @@ def mutate_safetensors(path: Path, rng: random.Random) -> None:
         return
     if draw < 0.4 and len(content) - 8 - size >= 4:
         place = 8 + size + 4 * rng.randrange((len(content) - 8 - size) // 4)
-        value = rng.choice(
-            [b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\xff\xff\x7f\x7f", b"\x00\x00\x80\xff", bytes(4)]
-        )
+        # NaN, infinity, the largest number, minus infinity, zero.
+        value = bytes.fromhex(rng.choice(["0000c07f", "0000807f", "ffff7f7f", "000080ff", "00000000"]))
         path.write_bytes(content[:place] + value + content[place + 4 :])
         return
     try:

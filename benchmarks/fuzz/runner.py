@@ -73,7 +73,8 @@ def read_input(kind: Kind, folder: Path) -> tuple[str, str]:
             outcomes.append(type(error).__name__)
         except SystemExit as error:
             return "untyped", f"SystemExit: {error}"
-        except Exception:
+        # Everything else is what is looked for.
+        except Exception:  # noqa: BLE001
             return "untyped", traceback.format_exc()
     return "accepted" if set(outcomes) == {"accepted"} else ", ".join(sorted(set(outcomes) - {"accepted"})), ""
 

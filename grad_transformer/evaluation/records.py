@@ -214,6 +214,14 @@ class Report:
         for client in self.clients:
             _validate_client(client)
 
+    def check_names(self) -> None:
+        """Raises [`UsageError`] where a client lacks a control of this version, or has one or a method beside them."""
+        for client in self.clients:
+            where = f"clients[{client.id}]"
+            _check_names(f"{where}.controls", client.controls, CONTROLS)
+            if not set(client.methods) <= set(METHODS):
+                raise UsageError(f"{where}.methods has unknown names.", expected=METHODS, found=list(client.methods))
+
 
 def _validate_client(client: ClientReport) -> None:
     where = f"clients[{client.id}]"

@@ -9,7 +9,7 @@ from typing import Any
 from ..adapters.io import read_record, write_json_atomic, write_text_atomic
 from ..adapters.statistics import BlockAgreement, DeltaReproducibility
 from ..constants import REPORT_NAME
-from ..errors import UsageError
+from ..schemas import Object
 from .figures import draw_figures
 from .records import KINDS, ClientReport, HeldoutScores, Report
 from .tables import markdown, summary_table
@@ -62,6 +62,7 @@ def build_report(
         clients=list(clients),
         blocks=blocks,
     )
+    report.check_names()
     report.validate()
     return report
 
@@ -96,10 +97,9 @@ def read_report(path: str | Path) -> Report:
     """The report in a folder, or in a `report.json`.
 
     Raises:
-        [`UsageError`]: there is no such file, a field is missing, of another type, or out of its range.
+        [`IncompleteArtifactError`]: there is no such file, or it is no JSON object.
         [`FormatVersionError`]: it is newer than this version.
+        [`UsageError`]: a field is missing, of another type, or out of its range.
     """
     path = Path(path)
-    report = read_record(path / REPORT_NAME if path.is_dir() else path, Report, error=UsageError)
-    report.validate()
-    return report
+    return Report.from_dict(read_record(path / REPORT_NAME if path.is_dir() else path, Object))

@@ -147,9 +147,16 @@ def test_reading_drops_unknown_fields_and_refuses_missing_or_newer_ones(tmp_path
     data["clients"][0]["colour"] = "blue"
     path.write_text(json.dumps(data))
     assert read_report(path) == report()
+    # A report of another version has other controls and methods.
+    data["clients"][0]["controls"] = {"ridge": 0.5, "a_later_one": 0.25}
+    data["clients"][0]["methods"] = {"later": 0.5}
+    path.write_text(json.dumps(data))
+    first = read_report(path).clients[0]
+    assert first.controls == {"ridge": 0.5, "a_later_one": 0.25} and first.score("mean_shadow") is None
+    assert "a_later_one" not in summary_table(read_report(path))
     del data["clients"][0]["tinylm"]
     path.write_text(json.dumps(data))
-    with pytest.raises(UsageError, match="lacks a field"):
+    with pytest.raises(UsageError, match="tinylm"):
         read_report(path)
     path.write_text(json.dumps({"format_version": 2}))
     with pytest.raises(FormatVersionError):
