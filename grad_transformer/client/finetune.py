@@ -17,7 +17,7 @@ from ..adapters import LoraAdapter, PrivacyStatement, Root
 from ..adapters.privacy import STATEMENT_KEY
 from ..constants import FORMAT_VERSION, SOURCE_FOLDER
 from ..errors import IncompleteArtifactError
-from ..finetuning import FineTuningRecipe, SftResult, attach_root, check_rows, load_base, run_sft
+from ..finetuning import FineTuningRecipe, SftResult, attach_root, check_rows, load_root_base, run_sft
 from ..tokenization_lora_delta import LoraDeltaTokenizer
 
 
@@ -158,7 +158,5 @@ def prepare_client(
     ):
         logger.warning("The recipe is not the one of the mapper's shadow runs: it may read this adapter less well.")
     checked = check_rows(rows)
-    model, text_tokenizer = load_base(
-        base_model or root.base_model, revision=None if base_model else root.base_revision, dtype=dtype, device=device
-    )
+    model, text_tokenizer = load_root_base(root, base_model=base_model, dtype=dtype, device=device)
     return ClientTask(root, recipe, checked, attach_root(model, root), text_tokenizer)

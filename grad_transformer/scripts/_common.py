@@ -268,20 +268,16 @@ def _join_config_flag(argv: Sequence[str]) -> tuple[list[str], str | None]:
 
 
 def check_device(device: str | None, dtype: str = "auto") -> None:
-    """Refuse names of devices and dtypes that torch does not know.
+    """Refuse devices that this machine has not, and dtypes that no model has.
 
     Raises:
         [`UsageError`]
     """
-    import torch
+    from ..adapters.bases import check_device as check_placement
+    from ..adapters.bases import check_dtype
 
-    try:
-        if device is not None:
-            torch.device(device)
-    except RuntimeError as error:
-        raise UsageError("There is no such device.", expected="cpu, cuda, cuda:0, mps, ...", found=device) from error
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise UsageError("There is no such dtype.", expected="auto, float32, bfloat16, float16, ...", found=dtype)
+    check_placement(device)
+    check_dtype(dtype)
 
 
 def emit(data: Mapping[str, Any], *, json_output: bool, text: str) -> None:

@@ -34,7 +34,7 @@ from ..evaluation.controls import fit_controls
 from ..evaluation.records import Report
 from ..evaluation.report import build_report, summary_table, write_report
 from ..evaluation.scoring import Rows
-from ..finetuning import attach_root, load_base, load_rows
+from ..finetuning import attach_root, load_root_base, load_rows
 from ..modeling_grad_transformer import GradTransformer
 from ..refinement import RefinementArguments, fit_candidates, refine_clients, refinement_metadata, shadow_annotators
 from ..shadow import DeltaDataset, load_delta_dataset
@@ -138,9 +138,7 @@ def make_scorer(
 ) -> AdapterScorer:
     """One of the mapper's two base models, with its root attached, ready to score adapters."""
     root = mapper.tokenizers()[role == "target"].root
-    model, tokenizer = load_base(
-        base_model or root.base_model, revision=None if base_model else root.base_revision, dtype=dtype, device=device
-    )
+    model, tokenizer = load_root_base(root, base_model=base_model, dtype=dtype, device=device)
     return AdapterScorer(attach_root(model, root), tokenizer, batch_size)
 
 

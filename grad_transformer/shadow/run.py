@@ -18,7 +18,16 @@ from transformers.utils import logging
 from ..adapters import Root
 from ..adapters.statistics import DeltaReproducibility, delta_reproducibility
 from ..errors import GradTransformerError, IncompleteArtifactError, UsageError
-from ..finetuning import FineTuningRecipe, SftResult, attach_root, load_base, load_rows, run_sft, tokenize_rows
+from ..finetuning import (
+    FineTuningRecipe,
+    SftResult,
+    attach_root,
+    check_tokens,
+    load_root_base,
+    load_rows,
+    run_sft,
+    tokenize_rows,
+)
 from .batched import run_batched
 from .batches import FineTuneJob
 from .executors import ExecutorName, Group, make_workers, spread
@@ -281,8 +290,10 @@ def _load_side(
     device: str | torch.device | None,
 ) -> _Side:
     root = load_plan_root(plan, plan_dir, role)
-    model, tokenizer = load_base(root.base_model, revision=root.base_revision, dtype=dtype, device=device)
-    return _Side(plan, role, root, model, tokenizer, tokenize_rows(rows, tokenizer, plan.side(role).recipe.max_length))
+    model, tokenizer = load_root_base(root, dtype=dtype, device=device)
+    tokens = tokenize_rows(rows, tokenizer, plan.side(role).recipe.max_length)
+    check_tokens(tokens, model)
+    return _Side(plan, role, root, model, tokenizer, tokens)
 
 
 @lru_cache(maxsize=1)

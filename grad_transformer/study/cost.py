@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
+from ..adapters.bases import load_config, make_backbone, make_causal_lm
 from ..errors import UsageError
 from ..evaluation.tasks import TASKS
 from ..finetuning import FineTuningRecipe
@@ -235,7 +236,7 @@ class _Sizes:
 
     def backbone_parameters(self, backbone: str | PreTrainedConfig) -> int:
         config = self._config(backbone) if isinstance(backbone, str) else backbone
-        model = _meta_model(config.to_json_string(), AutoModel)
+        model = _meta_model(config.to_json_string(), make_backbone)
         # Without token embeddings, which a mapper has none of.
         return sum(parameter.numel() for parameter in model.parameters()) - config.vocab_size * config.hidden_size
 
@@ -248,19 +249,20 @@ class _Sizes:
         if given is not None:
             return AutoConfig.for_model(**given)
         try:
-            return AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as cause:
+            return load_config(name)
+        except UsageError as cause:
             raise UsageError(
                 "The shapes of a model are not known.",
                 path=name,
                 expected="an entry in `configs` of the study, or a config on the Hub",
-                found=str(cause).splitlines()[0],
+                found=cause.message,
+                remedy=cause.remedy,
             ) from cause
 
 
 def measure(config: PreTrainedConfig, lora: Mapping[str, Any], *, bytes_per_weight: int) -> ModelSize:
     """Size of a causal language model and of a LoRA adapter on it."""
-    model = _meta_model(config.to_json_string(), AutoModelForCausalLM)
+    model = _meta_model(config.to_json_string(), make_causal_lm)
     ends = tuple(lora["target_modules"])
     adapter = sum(
         lora["r"] * (module.in_features + module.out_features)
@@ -278,9 +280,9 @@ def measure(config: PreTrainedConfig, lora: Mapping[str, Any], *, bytes_per_weig
 
 
 @cache
-def _meta_model(config: str, auto_class: Any) -> nn.Module:
+def _meta_model(config: str, make: Callable[[PreTrainedConfig], PreTrainedModel]) -> PreTrainedModel:
     with torch.device("meta"):
-        return auto_class.from_config(AutoConfig.for_model(**json.loads(config)))
+        return make(AutoConfig.for_model(**json.loads(config)))
 
 
 def _lab_config(params: Mapping[str, Any]) -> PreTrainedConfig:

@@ -17,7 +17,7 @@ from ..adapters.io import write_text_atomic
 from ..adapters.statistics import delta_reproducibility
 from ..evaluation.clients import score_heldout
 from ..evaluation.controls import ShadowPredictor, fit_controls
-from ..finetuning import FineTuningRecipe, check_rows, load_base
+from ..finetuning import FineTuningRecipe, check_rows, load_root_base
 from ..lab import LabWorld, pretrain_base_models
 from ..modeling_grad_transformer import GradTransformer
 from ..shadow import ShadowPlan, plan_shadows, run_shadows
@@ -69,7 +69,7 @@ def shadows(stage: Stage, study_dir: Path, folder: Path) -> dict[str, Any]:
     loading = stage.settings["loading"]
     public = folder / "public.jsonl"
     if not public.is_file():
-        _, tokenizer = load_base(start.base_model, revision=start.base_revision, **loading)
+        _, tokenizer = load_root_base(start, **loading)
         rows = make_world(params["world"], tokenizer).public_rows(params["public_rows"])
         columns = ("prompt", "completion", "task")
         text = "".join(json.dumps({name: row[name] for name in columns}) + "\n" for row in rows)
