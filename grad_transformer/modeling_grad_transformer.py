@@ -13,11 +13,13 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .adapters import Aggregation, LoraAdapter, aggregate_from_root, compose_statements
+from .adapters.base_files import locate
+from .adapters.bases import load_backbone, load_config, make_backbone
 from .adapters.privacy import STATEMENT_KEY, statement_of
 from .configuration_grad_transformer import GradTransformerConfig
 from .constants import FORMAT_VERSION
@@ -72,7 +74,7 @@ class GradTransformer(MapperFiles, PreTrainedModel):
                 found=config.format_version,
                 remedy="pip install --upgrade grad-transformer",
             )
-        self.backbone = AutoModel.from_config(config.backbone_config, trust_remote_code=False)
+        self.backbone = make_backbone(config.backbone_config, path=config.name_or_path or None)
         drop_token_embeddings(self.backbone)
         read_weights_with_every_core(self.backbone)
         self._no_split_modules = list(self.backbone._no_split_modules or [])
@@ -136,14 +138,15 @@ class GradTransformer(MapperFiles, PreTrainedModel):
             model_kwargs: `dtype`, `revision`, `token`, ... for loading the pretrained backbone.
 
         Raises:
-            [`UsageError`]: the backbone is not an encoder-decoder.
+            [`UsageError`], [`HubError`]: there is no such backbone, or it is not an encoder-decoder.
         """
         pretrained = None
         if isinstance(backbone, PreTrainedConfig):
             backbone_config = backbone
         else:
             hub_kwargs = {key: value for key, value in model_kwargs.items() if key != "dtype"}
-            backbone_config = AutoConfig.from_pretrained(str(backbone), **hub_kwargs)
+            files = locate(backbone, **hub_kwargs)
+            backbone_config = load_config(files)
         if not backbone_config.is_encoder_decoder:
             raise UsageError(
                 "The backbone is not an encoder-decoder.",
@@ -152,7 +155,7 @@ class GradTransformer(MapperFiles, PreTrainedModel):
                 found=backbone_config.model_type,
             )
         if not isinstance(backbone, PreTrainedConfig):
-            pretrained = AutoModel.from_pretrained(str(backbone), **model_kwargs)
+            pretrained = load_backbone(files, **model_kwargs)
             drop_token_embeddings(pretrained)
         source, target = source_tokenizer, target_tokenizer
         config = GradTransformerConfig(

@@ -193,7 +193,6 @@ class LoraDeltaTokenizer:
             self.layout.check_config(adapter.config, shapes)
         else:
             adapter = LoraAdapter.from_pretrained(adapter, layout=self.layout, **hub_kwargs)
-        adapter.check_base_model(self.root.base_model, path=path)
         self.root.check_descends(adapter, path=path)
         delta_P = adapter.flat(dtype=torch.float64) - self._root_P
         self._check_norm(delta_P, path)

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from ..constants import ADAPTER_CONFIG_NAME, ADAPTER_METADATA_NAME, ADAPTER_WEIGHTS_NAME, FORMAT_VERSION
-from ..errors import AdapterFormatError, BaseModelMismatchError
+from ..errors import AdapterFormatError
 from ..files import read_record, write_json_atomic
 from ..hub import Origin, Published, fetch, push_folder
 from ..hub.kinds import ADAPTER_FILES
 from ..schemas import AdapterConfigRecord, AdapterMetadataRecord
 from .io import MAX_ADAPTER_JSON_BYTES, member, read_header, read_tensors, save_tensors_atomic
+from .keys import canonical_keys
 from .layout import LoraLayout
 
 
@@ -89,35 +90,22 @@ class LoraAdapter:
                 raise AdapterFormatError(
                     f"Tensor {key} is not floating-point.", path=weights, expected="float dtype", found=info.dtype
                 )
-        shapes = {key: info.shape for key, info in header.items()}
+        stored = canonical_keys(header, path=str(folder))
+        shapes = {key: header[name].shape for key, name in stored.items()}
         if layout is None:
             layout = LoraLayout.from_adapter_config(config, shapes, path=str(folder))
         else:
             layout.check_config(config, shapes, path=str(folder))
         has_metadata = os.path.lexists(folder / ADAPTER_METADATA_NAME)
         metadata = _read_adapter_json(folder, ADAPTER_METADATA_NAME, AdapterMetadataRecord) if has_metadata else {}
-        return cls(config, read_tensors(weights, list(shapes)), layout, metadata, fetched.origin)
+        found = read_tensors(weights, list(header))
+        return cls(config, {key: found[name] for key, name in stored.items()}, layout, metadata, fetched.origin)
 
     @property
     def base_model(self) -> str | None:
         """`base_model_name_or_path` of the adapter's config."""
         name = self.config.get("base_model_name_or_path")
         return None if name is None else str(name)
-
-    def check_base_model(self, expected: str | None, *, path: str | None = None) -> None:
-        """Refuse an adapter of another base model; local copies of one model may have different parent folders.
-
-        Raises:
-            [`BaseModelMismatchError`]
-        """
-        if expected and self.base_model and _last_part(expected) != _last_part(self.base_model):
-            raise BaseModelMismatchError(
-                "The adapter belongs to another base model.",
-                path=path,
-                expected=expected,
-                found=self.base_model,
-                remedy="fine-tune the base model that the root was made for",
-            )
 
     def flat(self, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """All values in layout order, shape `(numel,)`."""
@@ -197,9 +185,14 @@ class LoraAdapter:
 
 
 def _read_adapter_json(folder: Path, name: str, schema: Any) -> dict[str, Any]:
-    record = read_record(member(folder, name), schema, error=AdapterFormatError, max_bytes=MAX_ADAPTER_JSON_BYTES)
-    return dict(record)
-
-
-def _last_part(name_or_path: str) -> str:
-    return str(name_or_path).rstrip("/").rsplit("/", 1)[-1]
+    path = member(folder, name)
+    inside = sorted(folder.glob(f"*/{name}"))[:2]
+    if name == ADAPTER_CONFIG_NAME and inside and not os.path.lexists(path):
+        raise AdapterFormatError(
+            "There is no adapter in the folder, but below it there is.",
+            path=folder,
+            expected=name,
+            found=f"{inside[0].parent.name}/{name}",
+            remedy=f"did you mean {inside[0].parent}?",
+        )
+    return dict(read_record(path, schema, error=AdapterFormatError, max_bytes=MAX_ADAPTER_JSON_BYTES))

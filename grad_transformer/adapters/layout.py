@@ -1,6 +1,6 @@
 """`LoraLayout`: which tensors of a LoRA adapter form which block, and in what order.
 
-The only place that knows the key names of a PEFT LoRA adapter. Both directions, `flatten` (named tensors to one
+Both directions, `flatten` (named tensors to one
 vector) and `unflatten` (vector to named tensors), are built from the same list of `TensorSpec`.
 
 Shape legend: `_P` all values of an adapter (`numel`), `_LD` L blocks of at most D values, R rank.
@@ -9,45 +9,16 @@ Shape legend: `_P` all values of an adapter (`numel`), `_LD` L blocks of at most
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 
 from ..errors import AdapterFormatError, LayoutMismatchError
-from .patterns import check_patterns
-
-
-_KEY = re.compile(
-    r"^base_model\.model\.(?P<module>.+?)\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P<embedding>[AB]))$"
-)
-
-# What decides the shapes and scalings of an adapter, beside its base model and target modules.
-_LORA_FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
-
-# Fields of `peft.LoraConfig` that add parameters or change the forward pass in ways that A and B alone do not hold.
-_UNREPRESENTABLE_FIELDS = (
-    "use_dora",
-    "modules_to_save",
-    "lora_bias",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "velora_config",
-    "monteclora_config",
-    "megatron_config",
-)
-# Initialisations that also rewrite the base model's weights, so that A and B are no update of the original base.
-_BASE_CHANGING_INITIALISATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+from .keys import parse_key
+from .lora_config import LORA_FIELDS, check_representable, ranks_and_scalings
 
 
 @dataclass(frozen=True)
@@ -71,12 +42,12 @@ class TensorSpec:
     @property
     def module(self) -> str:
         """Path of the adapted module inside the base model."""
-        return _parse_key(self.key)[0]
+        return parse_key(self.key)[0]
 
     @property
     def side(self) -> str:
         """`"A"` or `"B"`."""
-        return _parse_key(self.key)[1]
+        return parse_key(self.key)[1]
 
 
 @dataclass(frozen=True)
@@ -132,7 +103,7 @@ class LoraLayout:
         check_representable(config, path=path)
         sides: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
         for key, shape in header.items():
-            module, side = _parse_key(key, path=path)
+            module, side = parse_key(key, path=path)
             sides.setdefault(module, {})[side] = (key, tuple(int(size) for size in shape))
         if not sides:
             raise AdapterFormatError(
@@ -143,13 +114,16 @@ class LoraLayout:
                 remedy="save it again; a wrapped model (`_module.` in its names) can make peft write an empty file",
             )
 
+        modules = sorted(sides)
         by_block: dict[str, list[TensorSpec]] = {}
-        for module in sorted(sides):
-            by_block.setdefault(_block_name(module), []).extend(_module_specs(module, sides[module], config, path))
+        for module, (rank, scaling) in ranks_and_scalings(config, modules, path=path).items():
+            by_block.setdefault(_block_name(module), []).extend(
+                _module_specs(module, sides[module], rank, scaling, path)
+            )
         names = sorted(by_block, key=lambda name: _block_order(name, by_block[name]))
         return cls(
             blocks=tuple(BlockSpec(name, tuple(by_block[name])) for name in names),
-            lora={name: config.get(name) for name in _LORA_FIELDS},
+            lora={name: config.get(name) for name in LORA_FIELDS},
         )
 
     def check_config(
@@ -162,7 +136,7 @@ class LoraLayout:
             [`LayoutMismatchError`]: ranks, alphas, keys or shapes differ from this layout's.
         """
         check_representable(config, path=path)
-        for name in _LORA_FIELDS:
+        for name in LORA_FIELDS:
             ours, theirs = self.lora.get(name), config.get(name)
             if (ours or None) != (theirs or None):
                 raise LayoutMismatchError(
@@ -174,6 +148,8 @@ class LoraLayout:
                 )
         expected = {spec.key: spec.shape for spec in self.tensor_specs()}
         missing, extra = sorted(expected.keys() - header.keys()), sorted(header.keys() - expected.keys())
+        for key in extra:
+            parse_key(key, path=path)  # what is no LoRA tensor at all has a remedy of its own
         if missing or extra:
             raise LayoutMismatchError(
                 "The adapter's tensors are not those of the root.",
@@ -327,51 +303,10 @@ class LoraLayout:
             raise LayoutMismatchError("Not a layout.", expected="keys `lora` and `blocks`", found=error) from error
         for block in blocks:
             for spec in block.tensors:
-                _parse_key(spec.key)
+                parse_key(spec.key)
         if not blocks:
             raise LayoutMismatchError("Not a layout.", expected="at least one block", found="none")
         return cls(blocks, lora)
-
-
-def check_representable(config: Mapping[str, Any], *, path: str | None = None) -> None:
-    """Refuse an adapter config that asks for more than A and B of its target modules.
-
-    Raises:
-        [`AdapterFormatError`]: names the field and what to do.
-    """
-
-    def refuse(name: str, expected: object) -> None:
-        raise AdapterFormatError(
-            f"`{name}` of the adapter cannot be represented as a sequence of LoRA blocks.",
-            path=path,
-            expected=expected,
-            found=config.get(name),
-            remedy=f"train a plain LoRA adapter with {name}={expected!r}",
-        )
-
-    if config.get("peft_type") != "LORA":
-        refuse("peft_type", "LORA")
-    if config.get("bias", "none") != "none":
-        refuse("bias", "none")
-    for name in _UNREPRESENTABLE_FIELDS:
-        if config.get(name):
-            refuse(name, None if not isinstance(config[name], bool) else False)
-    initialisation = config.get("init_lora_weights", True)
-    if isinstance(initialisation, str) and initialisation.lower().startswith(_BASE_CHANGING_INITIALISATIONS):
-        refuse("init_lora_weights", True)
-
-
-def _parse_key(key: str, *, path: str | None = None) -> tuple[str, str]:
-    match = _KEY.match(key)
-    if match is None:
-        raise AdapterFormatError(
-            f"{key!r} is not the key of a LoRA tensor.",
-            path=path,
-            expected="base_model.model.<module>.lora_A.weight, lora_B.weight, lora_embedding_A or lora_embedding_B",
-            found=key,
-            remedy="save the unwrapped PeftModel with save_pretrained; biases and full modules are not supported",
-        )
-    return match["module"], match["side"] or match["embedding"]
 
 
 def _block_name(module: str) -> str:
@@ -391,7 +326,11 @@ def _block_order(name: str, specs: list[TensorSpec]) -> tuple[int, str, int]:
 
 
 def _module_specs(
-    module: str, sides: dict[str, tuple[str, tuple[int, ...]]], config: Mapping[str, Any], path: str | None
+    module: str,
+    sides: dict[str, tuple[str, tuple[int, ...]]],
+    rank: int,
+    scaling: float,
+    path: str | None,
 ) -> list[TensorSpec]:
     if sides.keys() != {"A", "B"}:
         raise AdapterFormatError(
@@ -400,21 +339,6 @@ def _module_specs(
             expected="A and B",
             found=sorted(sides),
         )
-    rank_pattern, alpha_pattern = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    try:
-        check_patterns(rank_pattern, alpha_pattern)
-        rank = rank_pattern.get(get_pattern_key(list(rank_pattern), module), config["r"])
-        alpha = alpha_pattern.get(get_pattern_key(list(alpha_pattern), module), config["lora_alpha"])
-        scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-        if type(rank) is not int or not math.isfinite(scaling):
-            raise ValueError(f"rank {str(rank)[:40]}, scaling {scaling}")
-    except (KeyError, TypeError, AttributeError, ArithmeticError, ValueError, RecursionError, re.error) as error:
-        raise AdapterFormatError(
-            f"Rank or alpha of module {module} cannot be read from the adapter config.",
-            path=path,
-            expected="positive r and lora_alpha; rank_pattern and alpha_pattern as dicts of simple patterns",
-            found=repr(error)[:200],
-        ) from error
     (key_a, shape_a), (key_b, shape_b) = sides["A"], sides["B"]
     if len(shape_a) < 2 or len(shape_b) < 2 or shape_a[0] != rank or shape_b[1] != rank or 0 in shape_a + shape_b:
         raise AdapterFormatError(

@@ -7,15 +7,17 @@ are equally accurate, so the root is shipped and checked, never drawn again from
 from __future__ import annotations
 
 import copy
-import hashlib
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import peft
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..constants import FORMAT_VERSION, ROOT_FOLDER, ROOT_NAME
 from ..errors import BaseModelMismatchError, IncompleteArtifactError, RootMismatchError, UsageError
@@ -24,13 +26,18 @@ from ..hub import Origin, fetch
 from ..hub.kinds import ROOT_FILES
 from ..schemas import RootRecord
 from .adapter import LoraAdapter
-from .layout import LoraLayout, check_representable
+from .base_files import locate
+from .bases import load_causal_lm
+from .fingerprints import comparable, fingerprint_base_model, has_fingerprint
+from .layout import LoraLayout
+from .lora_config import check_representable, with_simple_patterns
+
+
+logger = logging.get_logger(__name__)
 
 
 # Cosine between the A matrices of an adapter and of the root. Runs from another draw of A lie near 0.
 MINIMUM_ROOT_COSINE = 0.5
-
-_SAMPLES_PER_TENSOR = 64
 
 
 @dataclass
@@ -40,8 +47,8 @@ class Root:
     Args:
         adapter ([`LoraAdapter`]): config and initial values, float32.
         fingerprint (`str`): SHA-256 over keys, shapes and values; what "the same root" means.
-        base_model (`str`): name or path of the base model.
-        base_revision (`str`, *optional*): its revision on the Hub.
+        base_model (`str`): the base model's repository on the Hub, or its folder.
+        base_revision (`str`, *optional*): its commit on the Hub.
         base_fingerprint (`str`): see [`fingerprint_base_model`].
         seed (`int`): the seed that A was drawn with; for the record only.
         origin ([`Origin`], *optional*): repository, version and commit that it was loaded from.
@@ -118,36 +125,69 @@ class Root:
         Raises:
             [`BaseModelMismatchError`]
         """
-        found = fingerprint_base_model(model)
-        if found != self.base_fingerprint:
+        if not has_fingerprint(model, self.base_fingerprint):
             raise BaseModelMismatchError(
                 "The base model is not the one that the root was made for.",
                 path=path or model.config.name_or_path,
                 expected=f"{self.base_model} (revision {self.base_revision}), fingerprint {self.base_fingerprint}",
-                found=f"{model.config.name_or_path}, fingerprint {found}",
+                found=f"{model.config.name_or_path}, fingerprint {fingerprint_base_model(model)}",
                 remedy="load the same base model at the same revision, unquantised",
             )
 
     def check_descends(self, adapter: LoraAdapter, *, path: str | None = None) -> None:
-        """Refuse an adapter that was not fine-tuned from this root.
+        """Refuse an adapter that was not fine-tuned from this root, or that never left it.
 
-        A declared fingerprint must match, and the adapter's A matrices must still point where the root's do: an
-        adapter from another draw of A has a cosine near 0 with the root.
+        What counts is what the adapter declares and holds, not the path by which its base model was loaded: declared
+        fingerprints must match, and the A matrices must still point where the root's do: an adapter from another draw
+        of A has a cosine near 0 with the root.
 
         Raises:
+            [`BaseModelMismatchError`]: it declares another base model's fingerprint.
             [`RootMismatchError`]: says how far the adapter is from the root.
         """
-        declared = adapter.metadata.get("root", {})
-        declared = declared.get("fingerprint") if isinstance(declared, dict) else None
+        declared = adapter.metadata.get("root")
+        facts = declared if isinstance(declared, dict) else {}
+        fingerprint, base = facts.get("fingerprint"), str(facts.get("base_fingerprint"))
+        if comparable(base, self.base_fingerprint) and base != self.base_fingerprint:
+            raise BaseModelMismatchError(
+                "The adapter belongs to another base model.",
+                path=path,
+                expected=f"{self.base_model}, fingerprint {self.base_fingerprint[:15]}",
+                found=f"{str(adapter.base_model)[:300]}, fingerprint {base[:15]}",
+                remedy="fine-tune the base model that the root was made for",
+            )
         cosine, distance = root_distance(adapter, self.adapter)
-        if (declared is not None and declared != self.fingerprint) or not cosine >= MINIMUM_ROOT_COSINE:
+        if (fingerprint is not None and fingerprint != self.fingerprint) or not cosine >= MINIMUM_ROOT_COSINE:
             raise RootMismatchError(
                 "The adapter was not fine-tuned from this root.",
                 path=path,
                 expected=f"root {self.fingerprint[:12]}, A matrices at cosine {MINIMUM_ROOT_COSINE} or more",
-                found=f"root {str(declared or 'undeclared')[:12]}, A matrices at cosine {cosine:.3f}, "
+                found=f"root {str(fingerprint or 'undeclared')[:12]}, A matrices at cosine {cosine:.3f}, "
                 f"{distance:.2f} times the root's norm away",
                 remedy="start the fine-tune from the mapper's source root (`grad-transformer client` does)",
+            )
+        self._check_moved(adapter, path)
+        if (
+            fingerprint is None
+            and adapter.base_model
+            and model_name(adapter.base_model) != model_name(self.base_model)
+        ):
+            logger.warning_once(
+                f"The adapter {path or ''} names {adapter.base_model[:300]!r} as its base model, and the root was made "
+                f"for {self.base_model!r}. It started from the root; whether these are one model cannot be seen."
+            )
+
+    def _check_moved(self, adapter: LoraAdapter, path: str | None) -> None:
+        """The halves that LoRA starts at zero move first: while they are, the adapter does nothing."""
+        starts = self.adapter.tensors
+        halves = [key for key, tensor in starts.items() if not tensor.any()] or list(starts)
+        if all(torch.equal(adapter.tensors[key].to(starts[key]), starts[key]) for key in halves):
+            raise RootMismatchError(
+                "The adapter was never trained: it still has the root's values.",
+                path=path,
+                expected="a delta that is not zero",
+                found="0",
+                remedy="send the adapter that the fine-tune wrote, and check that its loss fell",
             )
 
 
@@ -173,39 +213,57 @@ def create_root(
 
     Raises:
         [`AdapterFormatError`]: the LoRA config cannot be represented as blocks.
-        [`UsageError`]: the target modules are not in the model.
+        [`UsageError`]: no such model, or target modules that it does not have.
+        [`HubError`]: no such repository or version, no access, or no answer.
     """
     check_representable(lora_config.to_dict())
     if isinstance(base, PreTrainedModel):
-        model = base
+        model, name = base, str(base.config.name_or_path)
+        name = os.path.abspath(name) if os.path.isdir(name) else name
     else:
-        model = AutoModelForCausalLM.from_pretrained(str(base), revision=revision, dtype="auto")
+        files = locate(base, revision=revision)
+        model, name, revision = load_causal_lm(files, device="cpu"), files.name, files.revision
     base_fingerprint = fingerprint_base_model(model)
-    name = str(base if not isinstance(base, PreTrainedModel) else model.config.name_or_path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try:
-            # A copy: peft writes the base model's name into the config that it is given.
-            peft_model = get_peft_model(model, copy.deepcopy(lora_config))
-        except ValueError as cause:
-            raise UsageError(
-                "The LoRA config does not fit the base model.",
-                path=name,
-                expected="target modules that the model has",
-                found=str(cause).splitlines()[0],
-                remedy="see the names in model.named_modules()",
-            ) from cause
+        peft_model = draw_adapter(model, lora_config, name=name)
     # Without embedding layers: peft would add a targeted layer's own base weights.
     state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     # Cloned: once unloaded, nothing must tie the root to the model's own memory.
     tensors = {key: value.detach().float().cpu().clone() for key, value in state.items()}
-    config = _config_dict(peft_model.peft_config["default"], name, revision)
+    config = adapter_config(peft_model, name, revision)
     peft_model.unload()
     layout = LoraLayout.from_adapter_config(config, {key: tuple(value.shape) for key, value in tensors.items()})
     adapter = LoraAdapter(config, tensors, layout)
     root = Root(adapter, fingerprint_adapter(adapter), name, revision, base_fingerprint, seed)
     root.save_pretrained(output_dir)
     return root
+
+
+def draw_adapter(model: PreTrainedModel, lora_config: LoraConfig, *, name: str) -> PeftModel:
+    """Put a newly drawn adapter on a model, as peft draws it; the config stays as it is.
+
+    Raises:
+        [`UsageError`]: the config does not fit the model.
+    """
+    try:
+        # A copy: peft writes the base model's name into the config that it is given.
+        return get_peft_model(model, copy.deepcopy(lora_config))
+    except (ValueError, TypeError, re.error) as cause:
+        raise UsageError(
+            "The LoRA config does not fit the base model.",
+            path=name,
+            expected="target modules that the model has",
+            found=(str(cause).splitlines() or [""])[0],
+            remedy="see the names in model.named_modules()",
+        ) from cause
+
+
+def adapter_config(peft_model: PeftModel, base_model: str, revision: str | None) -> dict[str, Any]:
+    """The content of `adapter_config.json` for a model's adapter, with patterns that every reader takes."""
+    data = with_simple_patterns(peft_model.peft_config["default"].to_dict(), peft_model)
+    data.update(base_model_name_or_path=base_model, revision=revision, inference_mode=True)
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in data.items()}
 
 
 def pull_root(
@@ -238,21 +296,6 @@ def fingerprint_adapter(adapter: LoraAdapter) -> str:
     return adapter.sha256()
 
 
-def fingerprint_base_model(model: PreTrainedModel) -> str:
-    """SHA-256 over names, shapes and an even sample of every parameter, the same for any loading dtype.
-
-    Values are rounded to bfloat16 first: a checkpoint loaded in float32 and in bfloat16 has one fingerprint. (float16
-    checkpoints must be loaded in the dtype they are stored in.)
-    """
-    digest = hashlib.sha256(str(model.config.model_type).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        values = parameter.detach().reshape(-1)
-        sample = values[:: max(1, values.numel() // _SAMPLES_PER_TENSOR)][:_SAMPLES_PER_TENSOR]
-        digest.update(repr((name, tuple(parameter.shape))).encode())
-        digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def root_distance(adapter: LoraAdapter, root: LoraAdapter) -> tuple[float, float]:
     """Cosine between all A matrices of adapter and root, and the norm of their difference over the root's."""
     keys = [spec.key for spec in root.layout.tensor_specs() if spec.side == "A" and root.tensors[spec.key].any()]
@@ -264,7 +307,10 @@ def root_distance(adapter: LoraAdapter, root: LoraAdapter) -> tuple[float, float
     return float(cosine), float((ours - theirs).norm() / theirs.norm())
 
 
-def _config_dict(config: LoraConfig, base_model: str, revision: str | None) -> dict[str, Any]:
-    data = config.to_dict()
-    data.update(base_model_name_or_path=base_model, revision=revision, inference_mode=True)
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in data.items()}
+def model_name(name_or_path: str) -> str:
+    """What a base model is called, without the place where a copy of it lies."""
+    parts = [part for part in re.split(r"[/\\]", name_or_path) if part]
+    for part in parts:  # a snapshot in the Hub's cache
+        if part.startswith("models--"):
+            return part.rsplit("--", 1)[-1].lower()
+    return parts[-1].lower() if parts else ""

@@ -17,7 +17,7 @@ from ..adapters import LoraAdapter, PrivacyStatement, Root
 from ..adapters.privacy import STATEMENT_KEY
 from ..constants import FORMAT_VERSION, SOURCE_FOLDER
 from ..errors import IncompleteArtifactError
-from ..finetuning import FineTuningRecipe, SftResult, attach_root, check_rows, load_base, run_sft
+from ..finetuning import FineTuningRecipe, SftResult, attach_root, check_rows, run_sft
 from ..finetuning.sft import SftTrainer
 from ..tokenization_lora_delta import LoraDeltaTokenizer
 from .output import check_output_dir, write_adapter
@@ -145,10 +145,7 @@ class ClientTask:
         self, *, base_model: str | None, dtype: str | torch.dtype, device: str | None
     ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
         """The base model with the root attached, and its tokenizer."""
-        revision = None if base_model else self.root.base_revision
-        model, text_tokenizer = load_base(
-            base_model or self.root.base_model, revision=revision, dtype=dtype, device=device
-        )
+        model, text_tokenizer = load_root_base(self.root, base_model=base_model, dtype=dtype, device=device)
         return attach_root(model, self.root), text_tokenizer
 
     def save(

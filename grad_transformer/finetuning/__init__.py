@@ -1,7 +1,16 @@
 """From rows of text to a fine-tuned adapter: the recipe, the data, the base model, one run with TRL."""
 
 from .data import check_rows, load_rows, load_source, row_order
-from .models import attach_root, load_base, read_adapter_tensors, write_adapter_tensors
+from .models import (
+    BasePreview,
+    attach_root,
+    check_tokens,
+    load_base,
+    load_root_base,
+    preview_base,
+    read_adapter_tensors,
+    write_adapter_tensors,
+)
 from .recipe import FineTuningRecipe
 from .sft import SftResult, SftTrainer, run_sft
 from .sources import RowSource
@@ -9,6 +18,7 @@ from .tokens import IGNORED_LABEL, TokenCounts, count_tokens, tokenize_rows
 
 
 __all__ = [
+    "BasePreview",
     "FineTuningRecipe",
     "IGNORED_LABEL",
     "RowSource",
@@ -18,9 +28,12 @@ __all__ = [
     "attach_root",
     "check_rows",
     "count_tokens",
+    "check_tokens",
     "load_base",
+    "load_root_base",
     "load_rows",
     "load_source",
+    "preview_base",
     "read_adapter_tensors",
     "row_order",
     "run_sft",

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import pyarrow.compute
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from datasets import Dataset
+from huggingface_hub import try_to_load_from_cache
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..adapters import Root
-from ..errors import RecipeError, UsageError
+from ..adapters.base_files import Source, is_repository_id, locate
+from ..adapters.bases import load_causal_lm, load_tokenizer
+from ..adapters.lora_config import LORA_FIELDS
+from ..errors import AdapterFormatError, BaseModelMismatchError, DataError, RecipeError, UsageError
+
+
+logger = logging.get_logger(__name__)
 
 
 def load_base(
-    name_or_path: str | Path,
+    name_or_path: Source,
     *,
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model, frozen, and its tokenizer.
+    """Load a causal language model, frozen, and its tokenizer. No code of theirs is run, and no pickle read.
 
     Args:
         name_or_path (`str` or `Path`): folder or Hub id.
@@ -29,44 +43,171 @@ def load_base(
         device (`str` or `torch.device`, *optional*): default: the first GPU, or the CPU where there is none.
 
     Raises:
-        [`UsageError`]: no model or no tokenizer there.
+        [`UsageError`]: no model or no tokenizer there, not whole, or not as safetensors; no such device or dtype.
+        [`HubError`]: no such repository or version, no access, or no answer.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(str(name_or_path), revision=revision, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), revision=revision)
-    except (OSError, ValueError) as cause:
-        lines = str(cause).strip().splitlines()
+    files = locate(name_or_path, revision=revision)
+    tokenizer = load_tokenizer(files)
+    return _with_padding(load_causal_lm(files, dtype=dtype, device=device), tokenizer)
+
+
+def load_root_base(
+    root: Root,
+    *,
+    base_model: str | Path | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the base model that a root was made for, and check its weights before anything else is done with it.
+
+    Args:
+        root ([`Root`]): perhaps of another party's mapper.
+        base_model (`str` or `Path`, *optional*): another place of the same base model.
+        dtype, device: see [`load_base`].
+
+    Raises:
+        [`BaseModelMismatchError`]: it is another model.
+        [`UsageError`]: as in [`load_base`]; or a mapper from the Hub names a path.
+    """
+    preview = preview_base(root, base_model=base_model)
+    if preview.place == "hub" and base_model is None:
+        logger.warning(f"{preview.describe()}.")
+    files = locate(preview.name, revision=preview.revision)
+    model = load_causal_lm(files, dtype=dtype, device=device)
+    root.check_base(model)
+    return _with_padding(model, load_tokenizer(files))
+
+
+@dataclass(frozen=True)
+class BasePreview:
+    """Which base model will be loaded, and from where; for people to see before anything of it is.
+
+    Args:
+        name (`str`): folder or Hub id.
+        revision (`str`, *optional*): on the Hub.
+        place (`str`): `"folder"`; `"cache"`: of the Hub, on this machine already; `"hub"`: to be downloaded.
+    """
+
+    name: str
+    revision: str | None
+    place: Literal["folder", "cache", "hub"]
+
+    def describe(self) -> str:
+        where = {
+            "folder": "in a folder of this machine",
+            "cache": "from the Hub, on this machine already",
+            "hub": "to be downloaded from the Hub",
+        }
+        version = "" if self.place == "folder" else f" at {self.revision or 'its newest revision'}"
+        return f"Base model {self.name}{version}: {where[self.place]}"
+
+
+def preview_base(root: Root, *, base_model: str | Path | None = None) -> BasePreview:
+    """Say which base model [`load_root_base`] will load. Nothing is downloaded, and the Hub is not asked.
+
+    Raises:
+        [`UsageError`]: a mapper from the Hub names a path, on a machine that is not this one.
+    """
+    name, revision = (root.base_model, root.base_revision) if base_model is None else (str(base_model), None)
+    if base_model is None and root.origin is not None and not is_repository_id(name):
         raise UsageError(
-            "The base model or its tokenizer cannot be loaded.",
-            path=name_or_path,
-            expected="a causal language model with its tokenizer, in a folder or on the Hub",
-            found=f"{type(cause).__name__}: {lines[0] if lines else ''}",
-            remedy="check the name, the network (HF_HUB_OFFLINE) and your access token (HF_TOKEN)",
-        ) from cause
-    if tokenizer.pad_token is None:
+            "The mapper names a path as its base model.",
+            path=root.origin.repo_id,
+            expected="the id of a repository on the Hub, from a mapper that comes from there",
+            found=repr(name[:200]),
+            remedy="give the base model's place on this machine: --base_model",
+        )
+    if os.path.isdir(os.path.expanduser(name)):
+        return BasePreview(name, None, "folder")
+    cached = is_repository_id(name) and isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+    return BasePreview(name, revision, "cache" if cached else "hub")
+
+
+def _with_padding(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    # Nothing is ever learned at padding, so any token that the model knows will do.
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= num_embeddings(model):
         tokenizer.pad_token = tokenizer.eos_token
-    model.requires_grad_(False)
-    return model.to(device).eval(), tokenizer
+    return model, tokenizer
+
+
+def num_embeddings(model: PreTrainedModel) -> int:
+    """How many tokens a model knows."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def check_tokens(tokens: Dataset, model: PreTrainedModel) -> None:
+    """Refuse rows with tokens that the model has no embedding for: its tokenizer belongs to a larger one.
+
+    Args:
+        tokens (`datasets.Dataset`): with `input_ids`.
+        model (`PreTrainedModel`): the base model.
+
+    Raises:
+        [`DataError`]
+    """
+    known, column = num_embeddings(model), tokens.with_format("arrow")[:].column("input_ids")
+    greatest = pyarrow.compute.max(pyarrow.compute.list_flatten(column)).as_py()
+    if greatest is not None and greatest >= known:
+        index = next(index for index, ids in enumerate(column) if greatest in ids.as_py())
+        raise DataError(
+            f"Row {index} has a token that the base model does not know.",
+            path=model.config.name_or_path,
+            expected=f"tokens below {known}, the size of the model's embedding",
+            found=greatest,
+            remedy="use the tokenizer that the base model came with; tokens added later need new embeddings",
+        )
 
 
 def attach_root(model: PreTrainedModel, root: Root) -> PeftModel:
     """Put a trainable adapter on the base model, with exactly the root's values.
 
+    The adapted modules are those that the root has tensors for: no pattern in its config is matched with anything.
     Adapters of a half-precision base are float32, as peft makes them.
 
     Raises:
         [`BaseModelMismatchError`]: not the base model that the root was made for.
+        [`AdapterFormatError`]: the root's config holds values that no adapter can have.
     """
     root.check_base(model)
-    # peft takes the name from the model, and warns where a copy of it lies elsewhere: its weights were just checked.
-    settings = {**root.adapter.config, "inference_mode": False, "base_model_name_or_path": None}
-    config = PeftConfig.from_peft_type(**settings)
     with torch.random.fork_rng(devices=[]):  # peft draws an A that is overwritten at once
-        peft_model = get_peft_model(model, config)
+        peft_model = _attach(model, root)
     write_adapter_tensors(peft_model, root.adapter.tensors)
     for key, value in read_adapter_tensors(peft_model, root=root).items():
         assert torch.equal(value, root.adapter.tensors[key].to(value)), key
+    return peft_model
+
+
+def _attach(model: PreTrainedModel, root: Root) -> PeftModel:
+    settings, specs = root.adapter.config, list(root.layout.tensor_specs())
+    modules = sorted({spec.module for spec in specs})
+    try:
+        config = LoraConfig(
+            **{name: settings[name] for name in (*LORA_FIELDS, "lora_dropout") if settings.get(name) is not None},
+            target_modules="|".join(map(re.escape, modules)),
+            fan_in_fan_out=bool(settings.get("fan_in_fan_out")),
+            task_type="CAUSAL_LM",
+        )
+        peft_model = get_peft_model(model, config)
+    except (ValueError, TypeError) as cause:
+        raise AdapterFormatError(
+            "The root's adapter cannot be put on its base model.",
+            path=model.config.name_or_path,
+            expected=f"{len(modules)} modules that the base model has, and a lora_dropout from 0 to 1",
+            found=(str(cause).splitlines() or [""])[0][:300],
+        ) from cause
+    state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    found, expected = {key: tuple(value.shape) for key, value in state.items()}, {s.key: s.shape for s in specs}
+    if found != expected:
+        first = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))[0]
+        raise BaseModelMismatchError(
+            "The root's tensors do not fit the base model.",
+            path=model.config.name_or_path,
+            expected=f"{first} {expected.get(first)}",
+            found=found.get(first),
+            remedy="load the base model that the root was made for",
+        )
     return peft_model
 
 

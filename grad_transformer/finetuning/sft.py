@@ -28,7 +28,7 @@ from ..adapters import Root
 from ..errors import RecipeError
 from .data import row_order
 from .early_stopping import dropout_seed, has_converged
-from .models import check_finite, check_moved, read_adapter_tensors, write_adapter_tensors
+from .models import check_finite, check_moved, check_tokens, read_adapter_tensors, write_adapter_tensors
 from .recipe import FineTuningRecipe
 from .tokens import IGNORED_LABEL, tokenize_rows
 
@@ -99,6 +99,7 @@ def run_sft(
     started = time.perf_counter()
     check_supported(peft_model.get_base_model(), root)
     tokenized = rows if "input_ids" in rows.column_names else tokenize_rows(rows, tokenizer, recipe.max_length)
+    check_tokens(tokenized, peft_model.get_base_model())
     ordered = tokenized.select(row_order(len(tokenized), recipe.num_examples, seed))
     write_adapter_tensors(peft_model, root.adapter.tensors)
     recording = _SnapshotCallback(peft_model, root, recipe, recorder)

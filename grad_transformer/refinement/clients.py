@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from ..adapters import LoraAdapter
 from ..evaluation.controls import ShadowPredictor
 from ..evaluation.scoring import Rows
-from ..finetuning import FineTuningRecipe, attach_root, load_base
+from ..finetuning import FineTuningRecipe, attach_root, load_root_base
 from ..modeling_grad_transformer import GradTransformer
 from .arguments import RefinementArguments
 from .candidates import candidate_deltas
@@ -59,12 +59,7 @@ def refine_clients(
     source, target = mapper.tokenizers()
     assert target.recipe is not None
     loaded = [
-        load_base(
-            name or tokenizer.root.base_model,
-            revision=None if name else tokenizer.root.base_revision,
-            dtype=dtype,
-            device=device,
-        )
+        load_root_base(tokenizer.root, base_model=name, dtype=dtype, device=device)
         for tokenizer, name in ((source, source_model), (target, target_model))
     ]
     check_same_tokens(loaded[0][1], loaded[1][1])

@@ -299,27 +299,11 @@ def check_device(device: str | None, dtype: str = "auto") -> None:
     Raises:
         [`UsageError`]
     """
-    import torch
+    from ..adapters.bases import check_device as check_placement
+    from ..adapters.bases import check_dtype
 
-    here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    here += ["mps"] if torch.backends.mps.is_available() else []
-    here += [f"xpu:{index}" for index in range(torch.xpu.device_count())]
-    if device is not None:
-        try:
-            wanted = torch.device(device)
-        except RuntimeError as error:
-            raise UsageError("There is no such device.", expected=", ".join(here), found=device) from error
-        # `cuda` alone means its first.
-        if not {str(wanted), wanted.type if wanted.index == 0 else f"{wanted}:0"} & set(here):
-            raise UsageError(
-                "This machine has no such device, or torch was installed without support for it.",
-                expected=", ".join(here),
-                found=device,
-            )
-    if dtype != "auto" and dtype not in FLOAT_DTYPES:
-        raise UsageError(
-            "There is no such dtype of weights.", expected=f"auto, {', '.join(FLOAT_DTYPES)}", found=dtype
-        )
+    check_placement(device)
+    check_dtype(dtype)
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -138,12 +138,10 @@ def make_scorer(
 ) -> AdapterScorer:
     """One of the mapper's two base models, with its root attached, ready to score adapters."""
     from ..evaluation.clients import AdapterScorer
-    from ..finetuning import attach_root, load_base
+    from ..finetuning import attach_root, load_root_base
 
     root = mapper.tokenizers()[role == "target"].root
-    model, tokenizer = load_base(
-        base_model or root.base_model, revision=None if base_model else root.base_revision, dtype=dtype, device=device
-    )
+    model, tokenizer = load_root_base(root, base_model=base_model, dtype=dtype, device=device)
     return AdapterScorer(attach_root(model, root), tokenizer, batch_size)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters import LoraAdapter, LoraLayout, Root
-from ..errors import UsageError
+from ..adapters.base_files import locate
+from ..adapters.bases import outline_causal_lm
+from ..adapters.roots import adapter_config, draw_adapter
 from ..finetuning import FineTuningRecipe
 from ..wording import describe_bytes, describe_count, describe_seconds
 from .batches import TOKENS_PER_PASS_ELSEWHERE, Batches, FineTuneJob
@@ -69,27 +70,6 @@ class SideEstimate:
     run_bytes: int
 
 
-def outline_model(name_or_path: str | Path, *, revision: str | None = None) -> PreTrainedModel:
-    """A base model without weights, on the meta device, in its checkpoint's dtype; only its config is read.
-
-    Raises:
-        [`UsageError`]: no config of a causal language model there.
-    """
-    try:
-        config = AutoConfig.from_pretrained(str(name_or_path), revision=revision)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
-    except (OSError, ValueError) as cause:
-        raise UsageError(
-            "The config of the base model cannot be read.",
-            path=name_or_path,
-            expected="a causal language model, in a folder or on the Hub",
-            found=f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}",
-            remedy="check the name, the network (HF_HUB_OFFLINE) and your access token (HF_TOKEN)",
-        ) from cause
-    return model.eval().requires_grad_(False)
-
-
 def outline_root(
     name_or_path: str | Path, lora_config: LoraConfig, *, revision: str | None = None
 ) -> tuple[PreTrainedModel, Root]:
@@ -99,24 +79,16 @@ def outline_root(
         [`UsageError`]: no such base model, or target modules that it does not have.
         [`AdapterFormatError`]: the LoRA config cannot be represented as blocks.
     """
-    model = outline_model(name_or_path, revision=revision)
-    config = copy.deepcopy(lora_config)
-    try:
-        peft_model = get_peft_model(model, config)
-    except ValueError as cause:
-        raise UsageError(
-            "The LoRA config does not fit the base model.",
-            path=name_or_path,
-            expected="target modules that the model has",
-            found=str(cause).splitlines()[0],
-        ) from cause
+    files = locate(name_or_path, revision=revision)
+    model = outline_causal_lm(files)
+    peft_model = draw_adapter(model, lora_config, name=files.name)
     state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     tensors = {key: torch.zeros(value.shape) for key, value in state.items()}
-    settings = {**peft_model.peft_config["default"].to_dict(), "base_model_name_or_path": str(name_or_path)}
+    settings = adapter_config(peft_model, files.name, files.revision)
     peft_model.unload()
     layout = LoraLayout.from_adapter_config(settings, {key: tuple(value.shape) for key, value in tensors.items()})
     outline = "not drawn yet"
-    root = Root(LoraAdapter(settings, tensors, layout), outline, str(name_or_path), revision, outline, 0)
+    root = Root(LoraAdapter(settings, tensors, layout), outline, files.name, files.revision, outline, 0)
     return model, root
 
 

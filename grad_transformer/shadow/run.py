@@ -19,7 +19,15 @@ from ..adapters import Root
 from ..adapters.statistics import DeltaReproducibility, delta_reproducibility
 from ..constants import RUNS_FOLDER
 from ..errors import GradTransformerError, IncompleteArtifactError, PlanError, UsageError
-from ..finetuning import FineTuningRecipe, SftResult, attach_root, load_base, run_sft, tokenize_rows
+from ..finetuning import (
+    FineTuningRecipe,
+    SftResult,
+    attach_root,
+    check_tokens,
+    load_root_base,
+    run_sft,
+    tokenize_rows,
+)
 from ..locks import sole_writer
 from ..outputs import disk_error, holds, try_writing
 from .batched import run_batched
@@ -321,8 +329,10 @@ def _load_side(
     device: str | torch.device | None,
 ) -> _Side:
     root = load_plan_root(plan, plan_dir, role)
-    model, tokenizer = load_base(root.base_model, revision=root.base_revision, dtype=dtype, device=device)
-    return _Side(plan, role, root, model, tokenizer, tokenize_rows(rows, tokenizer, plan.side(role).recipe.max_length))
+    model, tokenizer = load_root_base(root, dtype=dtype, device=device)
+    tokens = tokenize_rows(rows, tokenizer, plan.side(role).recipe.max_length)
+    check_tokens(tokens, model)
+    return _Side(plan, role, root, model, tokenizer, tokens)
 
 
 @lru_cache(maxsize=1)

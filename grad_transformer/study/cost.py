@@ -7,7 +7,7 @@ weights are loaded: models are built on the meta device.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
+from ..adapters.bases import load_config, make_backbone, make_causal_lm
 from ..errors import GradTransformerError, UsageError
 from ..evaluation.tasks import TASKS
 from ..files import parse_record
@@ -240,7 +241,7 @@ class _Sizes:
     def backbone_parameters(self, backbone: str | PreTrainedConfig) -> int:
         config = self._config(backbone) if isinstance(backbone, str) else backbone
         with _shapes_of(str(backbone)):
-            model = _meta_model(config.to_json_string(), AutoModel)
+            model = _meta_model(config.to_json_string(), make_backbone)
             # Without token embeddings, which a mapper has none of.
             return sum(parameter.numel() for parameter in model.parameters()) - config.vocab_size * config.hidden_size
 
@@ -254,19 +255,20 @@ class _Sizes:
         if given is not None:
             return _known_config(given, name)
         try:
-            return AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as cause:
+            return load_config(name)
+        except UsageError as cause:
             raise UsageError(
                 "The shapes of a model are not known.",
                 path=name,
                 expected="an entry in `configs` of the study, or a config on the Hub",
-                found=str(cause).splitlines()[0],
+                found=cause.message,
+                remedy=cause.remedy,
             ) from cause
 
 
 def measure(config: PreTrainedConfig, lora: Mapping[str, Any], *, bytes_per_weight: int) -> ModelSize:
     """Size of a causal language model and of a LoRA adapter on it."""
-    model = _meta_model(config.to_json_string(), AutoModelForCausalLM)
+    model = _meta_model(config.to_json_string(), make_causal_lm)
     ends = tuple(lora["target_modules"])
     adapter = sum(
         lora["r"] * (module.in_features + module.out_features)
@@ -309,10 +311,10 @@ def _shapes_of(name: str) -> Iterator[None]:
 
 
 @cache
-def _meta_model(config: str, auto_class: Any) -> nn.Module:
+def _meta_model(config: str, make: Callable[[PreTrainedConfig], PreTrainedModel]) -> PreTrainedModel:
     with torch.device("meta"):
         found = parse_record(config, ModelShapeRecord, path="config.json", error=UsageError)
-        return auto_class.from_config(AutoConfig.for_model(**found), trust_remote_code=False)
+        return make(AutoConfig.for_model(**found))
 
 
 def _lab_config(params: Mapping[str, Any]) -> PreTrainedConfig:

@@ -18,7 +18,7 @@ from ..evaluation.controls import control_deltas
 from ..evaluation.reduced_rank import ReducedRankRegression
 from ..evaluation.scoring import completion_nll
 from ..evaluation.weak_to_strong import finetune_on_weak_labels, weak_labels
-from ..finetuning import FineTuningRecipe, attach_root, check_rows, load_base, write_adapter_tensors
+from ..finetuning import FineTuningRecipe, attach_root, check_rows, load_root_base, write_adapter_tensors
 from ..refinement import (
     RefinementArguments,
     Student,
@@ -240,7 +240,7 @@ def _rows(params: Mapping[str, Any], world: StudyWorld) -> list[ClientRows]:
 
 
 def _base(start: Root, stage: Stage) -> tuple[Any, Any]:
-    return load_base(start.base_model, revision=start.base_revision, **stage.settings["loading"])
+    return load_root_base(start, **stage.settings["loading"])
 
 
 def _scorer(start: Root, stage: Stage) -> AdapterScorer:

@@ -18,7 +18,7 @@ from ..adapters.statistics import delta_reproducibility
 from ..evaluation.clients import score_heldout
 from ..evaluation.controls import ShadowPredictor, fit_controls
 from ..files import parse_record
-from ..finetuning import FineTuningRecipe, check_rows, load_base
+from ..finetuning import FineTuningRecipe, check_rows, load_root_base
 from ..lab import LabWorld, pretrain_base_models
 from ..modeling_grad_transformer import GradTransformer
 from ..schemas import LabBaseRecord, Object
@@ -71,7 +71,7 @@ def shadows(stage: Stage, study_dir: Path, folder: Path) -> dict[str, Any]:
     loading = stage.settings["loading"]
     public = folder / "public.jsonl"
     if not public.is_file():
-        _, tokenizer = load_base(start.base_model, revision=start.base_revision, **loading)
+        _, tokenizer = load_root_base(start, **loading)
         rows = make_world(params["world"], tokenizer).public_rows(params["public_rows"])
         columns = ("prompt", "completion", "task")
         text = "".join(json.dumps({name: row[name] for name in columns}) + "\n" for row in rows)
