@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .adapters import ShiftReference
 from .configuration_grad_transformer import GradTransformerConfig
 from .constants import SOURCE_FOLDER, TARGET_FOLDER
 from .errors import LayoutMismatchError
@@ -25,6 +27,20 @@ class MapperFiles:
     target_tokenizer: LoraDeltaTokenizer | None
     # Repository, version and commit that it was loaded from.
     origin: Origin | None = None
+    _folder: Path | None = None
+
+    @cached_property
+    def shift_reference(self) -> ShiftReference | None:
+        """Where the mapper's shadows lie, read from the folder or commit that it was loaded from when it is asked for.
+
+        `None` for a mapper that was not loaded, or was saved without it.
+
+        Raises:
+            [`IncompleteArtifactError`]: its file is broken.
+        """
+        if self._folder is None or self.source_tokenizer is None:
+            return None
+        return ShiftReference.from_folder(self._folder, self.source_tokenizer.layout)
 
     def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write config, weights and both tokenizers; arguments as in `PreTrainedModel.save_pretrained`.
@@ -37,6 +53,8 @@ class MapperFiles:
             for tokenizer, name in ((self.source_tokenizer, SOURCE_FOLDER), (self.target_tokenizer, TARGET_FOLDER)):
                 if tokenizer is not None:
                     tokenizer.save_pretrained(Path(save_directory) / name)
+            if self.shift_reference is not None:
+                self.shift_reference.save_pretrained(save_directory)
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
         if push_to_hub:
             self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), token=kwargs.get("token"), **hub)
@@ -70,7 +88,7 @@ class MapperFiles:
             kwargs.update(revision=fetched.origin.sha, local_files_only=True)
         loaded = super().from_pretrained(name, *args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.origin = fetched.origin
+        model.origin, model._folder = fetched.origin, fetched.folder
         if model.config.source_base_model is not None:
             for side, folder in (("source", SOURCE_FOLDER), ("target", TARGET_FOLDER)):
                 tokenizer = LoraDeltaTokenizer.from_pretrained(fetched.folder, subfolder=folder)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from grad_transformer.evaluation.shift import ShiftReference
 
 from grad_transformer.adapters.privacy import STATEMENT_KEY
 from grad_transformer.errors import AdapterFormatError, UsageError
-from grad_transformer.evaluation.shift import ShiftReference
 from tests.adapters.test_privacy import STATEMENT
 from tests.test_modeling import build, tokenizers  # noqa: F401 - a fixture
 from tests.worlds import moved

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.io import write_json_atomic
+from ..adapters.shift import MINIMUM_SHADOWS, ShiftReference
 from ..constants import HELDOUT_NAME, TRAINING_LOG_NAME
 from ..evaluation.clients import score_heldout
 from ..evaluation.controls import fit_controls
-from ..evaluation.shift import MINIMUM_SHADOWS, ShiftReference
 from ..shadow import load_delta_dataset
 from ..training import build_mapper, train_mapper
 from ..training.arguments import GradTransformerTrainingArguments, MapperArguments
@@ -94,7 +94,7 @@ def train(
         data["heldout"] = {**heldout.to_dict(), **controls}
         if trainer.is_world_process_zero() and len(train_pairs.source) >= MINIMUM_SHADOWS:
             unseen_runs = deltas.pairs(*(name for name in deltas.splits if name != "train")).source
-            shift = ShiftReference.fit(train_pairs.source, unseen_runs, widths=deltas.source_layout.widths)
+            shift = ShiftReference.fit(train_pairs.source, unseen_runs, layout=deltas.source_layout)
             shift.save_pretrained(training_args.output_dir)
     if trainer.is_world_process_zero():
         folder = Path(training_args.output_dir)
