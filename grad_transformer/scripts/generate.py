@@ -39,6 +39,9 @@ from ._common import CommandParser, CommandResult, check_device
 from ._refinement import Prediction, RefinementFlags, describe_refinement
 
 
+FACTS = ("num_counted", "aggregation", "order", "remaining_error")
+
+
 @dataclass(frozen=True)
 class GenerateArguments:
     """Arguments of `grad-transformer generate`."""
@@ -197,16 +200,13 @@ def checks_of(generated: Mapping[str, Any]) -> list[ClientCheck]:
 
 def verdict(names: Sequence[str], checks: Sequence[ClientCheck]) -> str:
     """What the checks say of the adapter, and what to do."""
-    far = [
-        name for name, check in zip(names, checks, strict=True) if check.shift is not None and check.shift.shift > 1
-    ]
+    shifts = [check.shift for check in checks]
+    far = [name for name, shift in zip(names, shifts, strict=True) if shift is not None and shift.shift > 1]
     copies = sum(check.duplicate_of is not None for check in checks)
-    if any(check.shift is None for check in checks):
+    if None in shifts:
         first = "Whether the mapper can read these clients is not known: it was saved without a record of its shadows."
     elif not far:
-        first = (
-            "The mapper was trained on adapters like these: each client is as near its shadows as held-out runs are."
-        )
+        first = "The mapper was trained on adapters like these: each is as near its shadows as held-out runs are."
     elif len(far) == len(checks):
         first = "The adapter is a guess: no client resembles what the mapper was trained on."
     else:

@@ -56,9 +56,8 @@ def test_copies_scaled_and_rounded_ones_too_are_known_by_the_first(root: Any, sh
     assert duplicates(torch.stack([first, second, first, 3 * first, rounded, second])) == [None, None, 0, 0, 0, 1]
     # Another fine-tune that points nearly the same way is no copy, and neither is its negative.
     near = first + 0.05 * first.norm() / second.norm() * second
-    assert (
-        duplicates(torch.stack([first, near, -first, torch.zeros_like(first), torch.zeros_like(first)])) == [None] * 5
-    )
+    zero = torch.zeros_like(first)
+    assert duplicates(torch.stack([first, near, -first, zero, zero])) == [None] * 5
 
 
 def test_a_copy_counts_once_unless_it_is_allowed(root: Any, shadows: torch.Tensor) -> None:
