@@ -146,7 +146,11 @@ def test_the_record_of_the_shadows_travels_with_the_mapper_and_far_clients_are_r
     facts = again.generate_adapter(clients).metadata["generated"]
     assert facts["shift"] == loaded.generate_adapter(clients).metadata["generated"]["shift"]
     source = again.tokenizers()[0]
-    far = source.root.adapter.with_values(source.root.adapter.flat() + 12 * source.delta(clients[0]))
+    specs = {
+        spec.key: torch.full(spec.shape, 15.0 if spec.side == "B" else 1.0) for spec in source.layout.tensor_specs()
+    }
+    longer = source.delta(clients[0]) * source.layout.flatten(specs)
+    far = source.root.adapter.with_values(source.root.adapter.flat() + longer)
     with pytest.raises(UsageError, match="too far"):
         again.generate_adapter([*clients, far])
     assert again.generate_adapter([*clients, far], max_shift=math.inf) is not None

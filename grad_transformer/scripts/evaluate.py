@@ -24,26 +24,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..adapters import LoraAdapter
 from ..adapters.statistics import block_cosine_and_norm, delta_reproducibility
-from ..errors import UsageError
 from ..evaluation.clients import AdapterScorer, ClientCase, evaluate_clients, score_heldout
 from ..evaluation.controls import fit_controls
 from ..evaluation.records import Report
 from ..evaluation.report import build_report, summary_table, write_report
 from ..evaluation.scoring import Rows
+from ..evaluation.tables import advice
 from ..finetuning import attach_root, load_base, load_rows
 from ..modeling_grad_transformer import GradTransformer
 from ..refinement import RefinementArguments, fit_candidates, refine_clients, refinement_metadata, shadow_annotators
 from ..shadow import DeltaDataset, load_delta_dataset
 from ..training import evaluate_heldout
+from ._clients import read_cases, read_clients
 from ._common import CommandParser, CommandResult, check_device
 from ._refinement import RefinementFlags
-
-
-_REQUIRED, _OPTIONAL = {"id", "adapter", "test_data"}, {"llm_adapter", "kind", "task"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ def main(args: EvaluateArguments, refinement: RefinementFlags) -> CommandResult:
     entries = read_clients(args.clients)
     mapper = GradTransformer.from_pretrained(args.mapper)
     deltas = load_delta_dataset(args.dataset)
-    cases = [_case(entry, mapper) for entry in entries]
+    cases = read_cases(entries, mapper, source_model=args.source_model, target_model=args.target_model)
     methods = {}
     if refinement.refine_data is not None:
         methods = refined_methods(
@@ -100,31 +96,8 @@ def main(args: EvaluateArguments, refinement: RefinementFlags) -> CommandResult:
         wall_seconds={},
         methods=methods,
     )
-    text = f"{summary_table(report)}\n\nReport: {Path(args.output_dir) / 'report.md'}"
+    text = f"{advice(report)}\n\n{summary_table(report)}\n\nReport: {Path(args.output_dir) / 'report.md'}"
     return CommandResult(report.to_dict(), text)
-
-
-def read_clients(path: str | Path) -> list[dict[str, Any]]:
-    """The list of clients in a YAML or JSON file.
-
-    Raises:
-        [`UsageError`]: it cannot be read, is no list, or an entry has missing or unknown keys.
-    """
-    try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as cause:
-        raise UsageError("The list of clients cannot be read.", path=path, found=cause) from cause
-    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise UsageError("The list of clients is not a list of mappings.", path=path, expected="- id: ...")
-    for entry in entries:
-        if not entry.keys() >= _REQUIRED or entry.keys() - _REQUIRED - _OPTIONAL:
-            raise UsageError(
-                "A client has missing or unknown keys.",
-                path=path,
-                expected=f"{', '.join(sorted(_REQUIRED))}; optional {', '.join(sorted(_OPTIONAL))}",
-                found=", ".join(map(str, entry)),
-            )
-    return entries
 
 
 def make_scorer(
@@ -233,18 +206,3 @@ def refined_methods(
         "refined": adapters,
         "public_weak_to_strong": [decode(refinement.delta_P) for refinement in baseline],
     }
-
-
-def _case(entry: Mapping[str, Any], mapper: GradTransformer) -> ClientCase:
-    source, target = mapper.tokenizers()
-    task = str(entry.get("task") or "")
-    ceiling = entry.get("llm_adapter")
-    return ClientCase(
-        id=str(entry["id"]),
-        adapter=LoraAdapter.from_pretrained(entry["adapter"], layout=source.layout),
-        test_rows=list(load_rows(entry["test_data"], split="test")),
-        llm_adapter=None if ceiling is None else LoraAdapter.from_pretrained(ceiling, layout=target.layout),
-        kind=str(entry.get("kind") or "other"),
-        task=task,
-        tasks=frozenset({task} if task else ()),
-    )
