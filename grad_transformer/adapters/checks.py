@@ -27,8 +27,10 @@ logger = logging.get_logger(__name__)
 
 # Deltas whose cosine is above are one adapter sent twice.
 DUPLICATE_COSINE = 0.9999
-# Of the clients' shift and size, in units that one in twenty held-out shadow runs exceeds.
-MAXIMUM_SHIFT = 3.0
+# Limits in units that one in twenty held-out shadow runs exceeds. In the lab, clients that follow the recipe stay below,
+# those of unseen tasks, mixtures or twelve rows (2.9 and 1.0) and of DP-SGD at epsilon 0.5 (4.2 and 1.8) too. A delta
+# three times as long lies at 5.7 and 3.1, one with B alone at twice the whole delta's usual norm at 5.2 and 3.1.
+MAXIMUM_SHIFT, MAXIMUM_SIZE = 5.0, 2.5
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,9 @@ def check_clients(
         recipe (`Mapping`, *optional*): of the mapper's TinyLM shadow runs.
         reference ([`ShiftReference`], *optional*): the mapper's.
         names (`Sequence[str]`): of the clients, for errors.
-        max_shift (`float`, *optional*): refuse clients whose shift or size is greater; default: `MAXIMUM_SHIFT` where
-            the mapper has a reference; infinity switches the limit off.
+        max_shift (`float`, *optional*): refuse clients whose shift is greater; default: `MAXIMUM_SHIFT` where the
+            mapper has a reference. The limit of the size is `MAXIMUM_SIZE`, or half of a `max_shift` that is more than
+            twice that. Infinity switches both off.
         allow_other_recipe (`bool`, *optional*, defaults to `False`).
 
     Returns:
@@ -127,6 +130,7 @@ def check_clients(
 
 
 def _check_shift(shift: ShiftReport, limit: float, name: str) -> None:
+    longest = max(MAXIMUM_SIZE, limit / 2)
     if not shift.shift <= limit:
         raise UsageError(
             "A client lies too far from what the mapper has learned.",
@@ -135,11 +139,11 @@ def _check_shift(shift: ShiftReport, limit: float, name: str) -> None:
             found=shift.describe(),
             remedy="leave the client out, train the mapper on shadows like it, or raise max_shift (inf: no limit)",
         )
-    if shift.size is not None and not shift.size <= limit:
+    if shift.size is not None and not shift.size <= longest:
         raise UsageError(
             "Part of a client's delta is much longer than any that the mapper has learned from.",
             path=name,
-            expected=f"a size of at most {limit:g}",
+            expected=f"a size of at most {longest:g}",
             found=shift.describe(),
             remedy="it diverged or was scaled: leave it out, fine-tune again, or raise max_shift (inf: no limit)",
         )

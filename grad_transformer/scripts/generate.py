@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..adapters import AGGREGATIONS, ShiftReport
-from ..adapters.checks import MAXIMUM_SHIFT, ClientCheck
+from ..adapters.checks import MAXIMUM_SHIFT, MAXIMUM_SIZE, ClientCheck
 from ..refinement import CANDIDATES
 from ._common import CommandParser, CommandResult, check_device
 from ._refinement import Prediction, RefinementFlags, describe_refinement
@@ -94,9 +94,9 @@ class GenerateArguments:
     max_shift: float | None = field(
         default=None,
         metadata={
-            "help": "Refuse clients that lie farther from the shadows, or parts of whose delta are longer; one in "
-            f"twenty held-out shadow runs exceeds 1. Default: {MAXIMUM_SHIFT:g}, where the mapper has a record of its "
-            "shadows; inf: refuse none."
+            "help": "Refuse clients that lie farther from the shadows; one in twenty held-out shadow runs exceeds 1. "
+            f"Default: {MAXIMUM_SHIFT:g}, where the mapper has a record of its shadows. A and B of each block must "
+            f"not be longer than {MAXIMUM_SIZE:g}, in the same sense. inf: refuse none."
         },
     )
     disjoint_clients: bool = field(

@@ -83,7 +83,7 @@ def test_b_alone_scaled_and_one_long_block_are_refused_and_honest_clients_are_no
     root: Any, shadows: torch.Tensor, reference: ShiftReference
 ) -> None:
     honest = deltas_of(root, [moved(root, seed=seed) for seed in range(40)])
-    assert all(check.shift.shift < MAXIMUM_SHIFT for check in checked(root, honest, reference))
+    assert all(check.shift.shift < MAXIMUM_SHIFT / 2 for check in checked(root, honest, reference))
     usual = shadows.norm(dim=1).mean()
     of_b = root.layout.flatten(
         {spec.key: torch.full(spec.shape, float(spec.side == "B")) for spec in root.layout.tensor_specs()}
@@ -108,6 +108,9 @@ def test_a_part_can_be_too_long_where_the_whole_lies_near(root: Any, shadows: to
     hiding[root.layout.widths[0] :] = shadows[0, root.layout.widths[0] :]
     with pytest.raises(UsageError, match="Part of a client's delta"):
         checked(root, hiding[None], reference)
+    with pytest.raises(UsageError, match="Part of a client's delta"):
+        checked(root, hiding[None], reference, max_shift=6.0)
+    assert len(checked(root, hiding[None], reference, max_shift=math.inf)) == 1
 
 
 def test_limits_that_are_none_and_references_that_are_missing(root: Any, shadows: torch.Tensor) -> None:
