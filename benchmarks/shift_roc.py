@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks.lab import FinishedLab, markdown, write_result
-from grad_transformer.evaluation.shift import ShiftReference, area_under_roc
+from grad_transformer.adapters.shift import ShiftReference, area_under_roc
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     rows = [lab.rows(task, 256, 3000 + index) for index, task in enumerate([*tasks["seen"], *tasks["unseen"]])]
     deltas = lab.fine_tune("source", rows)
     held_out = lab.deltas.pairs(*(name for name in lab.deltas.splits if name != "train")).source
-    reference = ShiftReference.fit(lab.deltas.pairs("train").source, held_out, widths=lab.source.layout.widths)
+    reference = ShiftReference.fit(lab.deltas.pairs("train").source, held_out, layout=lab.source.layout)
     reports = reference.measure(deltas)
     seen, unseen = reports[: len(tasks["seen"])], reports[len(tasks["seen"]) :]
     figures = {}

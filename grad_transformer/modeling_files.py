@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .adapters import ShiftReference
 from .configuration_grad_transformer import GradTransformerConfig
 from .constants import SOURCE_FOLDER, TARGET_FOLDER
 from .errors import LayoutMismatchError
@@ -27,6 +29,20 @@ class MapperFiles:
     target_tokenizer: LoraDeltaTokenizer | None
     # Repository, version and commit that it was loaded from.
     origin: Origin | None = None
+    _folder: Path | None = None
+
+    @cached_property
+    def shift_reference(self) -> ShiftReference | None:
+        """Where the mapper's shadows lie, read from the folder or commit that it was loaded from when it is asked for.
+
+        `None` for a mapper that was not loaded, or was saved without it.
+
+        Raises:
+            [`IncompleteArtifactError`]: its file is broken.
+        """
+        if self._folder is None or self.source_tokenizer is None:
+            return None
+        return ShiftReference.from_folder(self._folder, self.source_tokenizer.layout)
 
     def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write config, weights and both tokenizers; arguments as in `PreTrainedModel.save_pretrained`.
@@ -49,6 +65,8 @@ class MapperFiles:
             for tokenizer, name in ((self.source_tokenizer, SOURCE_FOLDER), (self.target_tokenizer, TARGET_FOLDER)):
                 if tokenizer is not None:
                     tokenizer.save_pretrained(folder / name)
+            if self.shift_reference is not None:
+                self.shift_reference.save_pretrained(folder)
             super().save_pretrained(staging, **kwargs)  # type: ignore[misc]
             for pattern in ("model*.safetensors", "model.safetensors.index.json"):
                 for stale in folder.glob(pattern):
@@ -99,7 +117,7 @@ class MapperFiles:
         kwargs.update(use_safetensors=True, output_loading_info=True)
         model, info = super().from_pretrained(name, *args, **kwargs)  # type: ignore[misc]
         check_loaded(model, info["missing_keys"], pretrained_model_name_or_path)
-        model.origin = fetched.origin
+        model.origin, model._folder = fetched.origin, fetched.folder
         model.source_tokenizer, model.target_tokenizer = tokenizers.get(SOURCE_FOLDER), tokenizers.get(TARGET_FOLDER)
         return (model, info) if with_info else model
 

@@ -17,7 +17,16 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .adapters import Aggregation, LoraAdapter, aggregate_from_root, compose_statements
+from .adapters import (
+    Aggregation,
+    LoraAdapter,
+    aggregate_from_root,
+    check_clients,
+    compose_statements,
+    counted_clients,
+    pick_weights,
+    public_identity,
+)
 from .adapters.base_files import locate
 from .adapters.bases import load_backbone, load_config, make_backbone
 from .adapters.privacy import STATEMENT_KEY, statement_of
@@ -321,6 +330,9 @@ class GradTransformer(MapperFiles, PreTrainedModel):
         max_norm: float | None = None,
         reference: str | Path | LoraAdapter | None = None,
         disjoint_clients: bool = False,
+        allow_duplicates: bool = False,
+        allow_other_recipe: bool = False,
+        max_shift: float | None = None,
         predict: Callable[[torch.Tensor], torch.Tensor] | None = None,
         **hub_kwargs: Any,
     ) -> LoraAdapter:
@@ -337,6 +349,11 @@ class GradTransformer(MapperFiles, PreTrainedModel):
                 provider fine-tuned itself from the same root, on public rows.
             disjoint_clients (`bool`, *optional*, defaults to `False`): whether the clients declare that nobody's data
                 is in two clients' data; decides how their privacy budgets add up, see [`compose_statements`].
+            allow_duplicates (`bool`, *optional*, defaults to `False`): count an adapter as often as it is given.
+            allow_other_recipe (`bool`, *optional*, defaults to `False`): map clients that state another recipe than
+                the mapper's.
+            max_shift (`float`, *optional*): the limit of the clients' distance from the shadows and of their norms,
+                see [`check_clients`]; `inf` switches it off.
             predict (`Callable`, *optional*): raw TinyLM deltas `(N, numel_source)` to LLM deltas `(N, numel_target)`;
                 default: [`~GradTransformer.generate_deltas`]. Ridge regression or a refinement go here.
             hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` for adapters on the Hub.
@@ -349,41 +366,62 @@ class GradTransformer(MapperFiles, PreTrainedModel):
         Raises:
             [`AdapterFormatError`], [`LayoutMismatchError`], [`BaseModelMismatchError`], [`RootMismatchError`]: a
                 client adapter is refused, with the reason.
-            [`UsageError`]: the mapper has no tokenizers, or the arguments of the aggregation do not fit.
+            [`RecipeError`]: a client was fine-tuned by another recipe.
+            [`UsageError`]: the mapper has no tokenizers, a client lies too far from the shadows, the arguments do not
+                fit, or what comes out is not finite.
         """
         source_tokenizer, target_tokenizer = self.tokenizers()
+        if order not in ("aggregate_first", "map_first"):
+            raise UsageError("Unknown order.", expected="aggregate_first or map_first", found=order)
         clients = [adapters] if isinstance(adapters, (str, Path, LoraAdapter)) else list(adapters)
         if not clients:
             raise UsageError("There is nothing to map.", expected="at least one client adapter", found="none")
         checked = [source_tokenizer.read_client(client, **hub_kwargs) for client in clients]
         deltas_NP = torch.stack([delta_P for _, delta_P in checked])
-        reference_P = None if reference is None else source_tokenizer.delta(reference, **hub_kwargs)
-        tokenizer, predict = source_tokenizer, predict or self.generate_deltas
-        if order == "map_first":
-            tokenizer, deltas_NP = target_tokenizer, predict(deltas_NP)
-            reference_P = None if reference_P is None else self.generate_deltas(reference_P[None])[0]
-        elif order != "aggregate_first":
-            raise UsageError("Unknown order.", expected="aggregate_first or map_first", found=order)
-        delta_P, facts = aggregate_from_root(
+        names = [f"client {n}" if isinstance(given, LoraAdapter) else str(given) for n, given in enumerate(clients, 1)]
+        checks = check_clients(
+            [client for client, _ in checked],
             deltas_NP,
-            tokenizer.root,
+            recipe=source_tokenizer.recipe,
+            reference=self.shift_reference,
+            names=names,
+            max_shift=max_shift,
+            allow_other_recipe=allow_other_recipe,
+        )
+        counted = counted_clients(checks, names, allow_duplicates=allow_duplicates, disjoint_clients=disjoint_clients)
+        weights = pick_weights(weights, counted, len(clients))
+        given_NP, predict = deltas_NP[counted], predict or self.generate_deltas
+        if reference is not None:
+            # Beside the clients' deltas, so that both are mapped in the same way.
+            given_NP = torch.cat([given_NP, source_tokenizer.delta(reference, **hub_kwargs)[None]])
+        if order == "map_first":
+            given_NP = predict(given_NP)
+        delta_P, facts = aggregate_from_root(
+            given_NP[: len(counted)],
+            (source_tokenizer if order == "aggregate_first" else target_tokenizer).root,
             aggregation=aggregation,
             weights=weights,
             num_dishonest=num_dishonest,
             max_norm=max_norm,
-            reference_P=reference_P,
+            reference_P=None if reference is None else given_NP[-1],
         )
         if order == "aggregate_first":
             delta_P = predict(delta_P[None])[0]
         adapter = target_tokenizer.decode_delta(delta_P)
+        _check_finite(adapter)
+        shifts = [check.shift for check in checks]
         adapter.metadata["generated"] = {
             "source_base_model": self.config.source_base_model,
             "mapper": None if self.origin is None else self.origin.to_dict(),
             "num_clients": len(clients),
-            "clients": [_public_identity(client) for client, _ in checked],
+            "num_counted": len(counted),
+            "clients": [public_identity(client) for client, _ in checked],
+            "checks": [check.to_dict() for check in checks],
+            "shift": None if None in shifts else [shift.to_dict() for shift in shifts],
             "order": order,
             **facts,
         }
+        # Of all that were given: a copy may state less than the adapter that it was copied from.
         statements = [statement_of(client.metadata) for client, _ in checked]
         adapter.metadata[STATEMENT_KEY] = compose_statements(statements, disjoint_clients=disjoint_clients)
         return adapter
@@ -400,8 +438,12 @@ class GradTransformer(MapperFiles, PreTrainedModel):
         return self.source_tokenizer, self.target_tokenizer
 
 
-def _public_identity(client: LoraAdapter) -> dict[str, Any]:
-    """A client's repository, where everybody may see it; otherwise only what tells one adapter from another."""
-    if client.origin is not None and client.origin.private is False:
-        return client.origin.to_dict()
-    return {"sha256": client.sha256()}
+def _check_finite(adapter: LoraAdapter) -> None:
+    for key, tensor in adapter.tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UsageError(
+                "The mapper's answer is not finite, so there is no adapter.",
+                expected="finite values",
+                found=f"NaN or infinite values in {key}",
+                remedy="see what `grad-transformer inspect` says of the mapper; train or download it again",
+            )

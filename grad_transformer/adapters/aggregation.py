@@ -7,7 +7,9 @@ Shape legend: N clients, P values of a delta.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -75,7 +77,7 @@ def aggregate_deltas(
     if aggregation == "sum":
         return deltas_NP.sum(dim=0)
     if aggregation == "weighted":
-        weights_N = _normalised(weights or (), len(deltas_NP)).to(deltas_NP)
+        weights_N = _normalised(() if weights is None else weights, len(deltas_NP)).to(deltas_NP)
         return (weights_N[:, None] * deltas_NP).sum(dim=0)
     if aggregation == "norm_clipping":
         return _clip_norms(deltas_NP, max_norm).mean(dim=0)
@@ -107,8 +109,8 @@ def _clip_norms(deltas_NP: torch.Tensor, max_norm: float | None) -> torch.Tensor
     norms_N = deltas_NP.double().norm(dim=1)
     if max_norm is None:
         max_norm = float(norms_N.quantile(0.5))
-    elif not 0 < max_norm < float("inf"):
-        raise UsageError("`max_norm` must be positive.", expected="more than 0", found=max_norm)
+    elif not _finite(max_norm) > 0:
+        raise UsageError("`max_norm` must be positive.", expected="a finite number, more than 0", found=max_norm)
     factors_N = (max_norm / norms_N.clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1.0)
     return deltas_NP * factors_N[:, None].to(deltas_NP)
 
@@ -142,24 +144,37 @@ def _fltrust(deltas_NP: torch.Tensor, reference_P: torch.Tensor) -> torch.Tensor
 
 
 def _normalised(weights: Sequence[float], count: int) -> torch.Tensor:
-    weights_N = torch.tensor(weights, dtype=torch.float64)
-    if len(weights_N) != count or not (weights_N >= 0).all() or not 0 < weights_N.sum() < float("inf"):
+    given = [_finite(weight) for weight in weights]
+    fits = len(given) == count and all(weight >= 0 for weight in given)
+    if not fits or not 0 < sum(given) < float("inf"):
         raise UsageError(
             "The weights do not fit the clients.",
             expected=f"{count} non-negative finite numbers, not all zero",
             found=list(weights),
         )
+    weights_N = torch.tensor(given, dtype=torch.float64)
     return weights_N / weights_N.sum()
+
+
+def _finite(value: Any) -> float:
+    """The number that it is, NaN where it is none."""
+    try:
+        number = float("nan") if isinstance(value, str | bool) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return float("nan")
+    return number if math.isfinite(number) else float("nan")
 
 
 def _num_dishonest(given: int | None, count: int, *, least: int) -> int:
     """The number of dishonest clients to reckon with; `least` clients must remain when twice as many are gone."""
     most = (count - least) // 2
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 0):
+        raise UsageError("`num_dishonest` is no number of clients.", expected="0, 1, 2, ...", found=given)
     number = most if given is None else given
     if most < 0 or not 0 <= number <= most:
         raise UsageError(
             "There are too few clients for that many dishonest ones.",
-            expected=f"at least {2 * max(number, 0) + least} clients",
+            expected=f"at least {2 * max(number, 0) + least} clients, each counted once",
             found=f"{count} clients, num_dishonest={number if most >= 0 else given}",
             remedy="ask more clients, or choose another aggregation",
         )

@@ -17,7 +17,7 @@ from ..adapters import LoraAdapter, PrivacyStatement, Root
 from ..adapters.privacy import STATEMENT_KEY
 from ..constants import FORMAT_VERSION, SOURCE_FOLDER
 from ..errors import IncompleteArtifactError
-from ..finetuning import FineTuningRecipe, SftResult, attach_root, check_rows, run_sft
+from ..finetuning import FineTuningRecipe, SftResult, attach_root, check_rows, load_root_base, run_sft
 from ..finetuning.sft import SftTrainer
 from ..tokenization_lora_delta import LoraDeltaTokenizer
 from .output import check_output_dir, write_adapter

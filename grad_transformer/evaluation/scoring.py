@@ -188,6 +188,29 @@ def completion_nll(
     return losses
 
 
+def check_scorable(tokenizer: PreTrainedTokenizerBase, rows: Rows, *, path: str | None = None) -> None:
+    """Whether rows can be scored, before a model is loaded: prompts are rendered, and completions looked at.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`), rows (`Dataset` or `Sequence[Mapping]`): as in [`score_rows`].
+        path (`str`, *optional*): named in errors.
+
+    Raises:
+        [`DataError`]: as in [`score_rows`], or a completion that is empty.
+    """
+    try:
+        texts = _texts(rows, tokenizer)
+    except DataError as cause:
+        raise DataError(
+            cause.message, path=cause.path or path, expected=cause.expected, found=cause.found, remedy=cause.remedy
+        ) from cause
+    for number, (_, completion) in enumerate(texts):
+        if not completion:
+            raise DataError(
+                f"The completion of row {number} is empty.", path=path, expected="text to compare with", found="none"
+            )
+
+
 def _texts(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[tuple[RenderedPrompt, str]]:
     texts = []
     for index, row in enumerate(_mappings(rows)):

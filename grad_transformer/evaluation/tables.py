@@ -72,6 +72,42 @@ def headline(heldout: HeldoutScores) -> list[str]:
     return lines
 
 
+def advice(report: Report) -> str:
+    """What to do with the mapper, and with these clients, in a sentence or two."""
+    verdict = headline(report.heldout)[0]
+    if not report.heldout.reads_its_input:
+        return f"{verdict} Do not rely on what it generates: train it longer, or on more shadow runs."
+    names = ("generated", "refined", "candidate", "nearest_shadow", "ridge", "public_weak_to_strong", "tinylm")
+    scores = {name: _mean(report.clients, name) for name in names if _scores_all(report.clients, name)}
+    known = {name: score for name, score in scores.items() if score is not None}
+    if not known:
+        return verdict
+    generated, best = known["generated"], max(known, key=lambda name: known[name])
+    if generated >= known[best] - _SAME:
+        return (
+            f"{verdict} Its adapters score {generated:.2f} on these clients, their own TinyLMs {known['tinylm']:.2f}, "
+            "and nothing else tried here does better: use them."
+        )
+    against = (
+        f"{verdict} But its adapters score {generated:.2f} on these clients, and {_LABELS[best]} {known[best]:.2f}"
+    )
+    return f"{against}: {_DO_INSTEAD[best]}."
+
+
+_DO_INSTEAD = {
+    "refined": "refine them on public prompts (generate --method best --refine_data)",
+    "candidate": "let public prompts choose the way (generate --method best --refine_data)",
+    "nearest_shadow": "take that (generate --method nearest_shadow)",
+    "ridge": "take that (generate --method ridge)",
+    "public_weak_to_strong": "train the LLM on public prompts instead",
+    "tinylm": "the clients are better served by the TinyLMs that they have",
+}
+
+
+def _scores_all(clients: Sequence[ClientReport], name: str) -> bool:
+    return bool(clients) and all(client.score(name) is not None for client in clients)
+
+
 def summary_table(report: Report) -> str:
     """Plain text for the terminal, of at most 100 columns: the headline, and means by kind of client."""
     lines = _wrapped(headline(report.heldout))

@@ -37,6 +37,8 @@ _EM_STEPS = 10
 # Tokens that it is fitted on, at even spacing: its entries are few.
 _MOST_TOKENS = 2**15
 _SINKHORN_STEPS = 5
+# An annotator that is more than this share as unsure of its words as the TinyLM cannot show that the TinyLM hedges.
+_SURER = 0.5
 # Annotators whose testimony is taken together: at most so many, and none that tells so much less than the best.
 MOST_TOGETHER, _NATS_BEHIND = 5, 0.1
 
@@ -72,12 +74,14 @@ class Screening:
         few ([`Completions`]): and to these.
         heard (`dict[str, torch.Tensor]`): what each says of the TinyLM's own tokens, `(M, T)` in float16.
         channels (`dict[str, Channel]`): and which words of the client's its words stand for.
+        root_nats (`float`, *optional*, defaults to 0.0): what the LLM without an adapter tells, see [`told_by_root`].
     """
 
     teacher: Completions
     few: Completions
     heard: dict[str, torch.Tensor]
     channels: dict[str, Channel]
+    root_nats: float = 0.0
 
     @property
     def best(self) -> list[str]:
@@ -87,7 +91,7 @@ class Screening:
     @property
     def told(self) -> float:
         """See [`Testimony`]."""
-        return _told(self.channels[self.best[0]].nats, self.few)
+        return _told(self.channels[self.best[0]], self.few, self.root_nats)
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,9 @@ class Testimony:
         annotators (`list[str]`): which they are, the best first.
         told (`float`): what the best one tells of the TinyLM's words (the mean log ratio of how likely they are with
             its testimony and without), as a share of what one would tell that is right as often as the TinyLM's
-            probabilities say. 0 for one that knows nothing, about 1 for one that knows all, more where the TinyLM
-            hedges among several tasks: it is less sure of each than it has reason to be.
+            probabilities say, both beyond what the LLM tells without an adapter. 0 for one that knows nothing more,
+            about 1 for one that knows all, more where the TinyLM hedges among several tasks: it is less sure of each
+            than it has reason to be, and the annotator is surer.
     """
 
     tokens: TopTokens
@@ -144,9 +149,13 @@ def shadow_annotators(deltas: DeltaDataset, arguments: RefinementArguments) -> d
     return annotator_deltas(train.target, train.tasks, arguments.annotators)
 
 
-def screen(completions: Sequence[Completions], panel: Panel, prompts: int) -> list[Screening]:
-    """Ask all annotators about this many prompts of each of K clients."""
-    found = [Screening(each, each.some(prompts), {}, {}) for each in completions]
+def screen(
+    completions: Sequence[Completions], panel: Panel, prompts: int, *, root_nats: Sequence[float]
+) -> list[Screening]:
+    """Ask all annotators about this many prompts of each of K clients; `root_nats` as in [`Screening`]."""
+    found = [
+        Screening(each, each.some(prompts), {}, {}, nats) for each, nats in zip(completions, root_nats, strict=True)
+    ]
     few = [each.few for each in found]
     for number, name in enumerate(panel.deltas):
         panel.say(f"shadow {number + 1} of {len(panel.deltas)} testifies")
@@ -166,7 +175,7 @@ def hear_best(screenings: Sequence[Screening], panel: Panel) -> list[Testimony]:
         read = panel.read(names, [each.teacher for each in screenings])
         for index, (each, name, said) in enumerate(zip(screenings, names, read, strict=True)):
             heard[index][name] = (Channel.fit(each.teacher, said, start=each.channels[name]), said)
-    return [_together(each.teacher, found) for each, found in zip(screenings, heard, strict=True)]
+    return [_together(each.teacher, found, each.root_nats) for each, found in zip(screenings, heard, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -177,11 +186,13 @@ class Channel:
         words_U (`torch.Tensor`): their token ids, ascending.
         table_UU (`torch.Tensor`): probabilities, a row for each of the annotator's words; rows sum to 1.
         nats (`float`): the mean log ratio of how likely the TinyLM's words are with it and without.
+        doubt (`float`): how unsure the annotator is of its words, as a share of how unsure the TinyLM is.
     """
 
     words_U: torch.Tensor
     table_UU: torch.Tensor
     nats: float
+    doubt: float
 
     @classmethod
     def fit(cls, teacher: Completions, said: TopTokens, *, start: Channel | None = None) -> Channel:
@@ -194,7 +205,7 @@ class Channel:
         q, p = _heard(teacher, teacher.tokens), _heard(teacher, said)
         words_U = torch.cat([_words(q), _words(p)]).unique() if start is None else start.words_U
         q_MU, p_MU = q.of_words(words_U), p.of_words(words_U)
-        evidence_MU = (q_MU + _FLOOR) / (q_MU.mean(0) + _FLOOR)
+        evidence_MU = _evidence(q_MU)
         own_U, theirs_U = p_MU.mean(0) > _RARE, q_MU.mean(0) > _RARE
         identity_UU = _SELF_COUNT * torch.eye(len(words_U))
         table_UU = _rows_to_one(p_MU.T @ q_MU + identity_UU) if start is None else start.table_UU
@@ -204,7 +215,9 @@ class Channel:
             # From the start it would make one to one what is only a guess.
             if step >= 2 or start is not None:
                 table_UU = _one_to_one(table_UU, own_U, theirs_U)
-        return cls(words_U, table_UU, float(_likely(p_MU, table_UU, evidence_MU).log().mean()))
+        nats = float(_likely(p_MU, table_UU, evidence_MU).log().mean())
+        doubt = (1 - p.confidence_M).mean() / (1 - q.confidence_M).mean().clamp(min=1e-6)
+        return cls(words_U, table_UU, nats, float(doubt))
 
     def rename(self, said: TopTokens, words_V: torch.Tensor) -> torch.Tensor:
         """Probabilities `(M, V)` of the client's words, ascending; a word that the channel does not know is itself."""
@@ -213,22 +226,38 @@ class Channel:
         return torch.where(self.words_U[places_V] == words_V, renamed_MU[:, places_V], said.of_words(words_V))
 
 
-def _told(nats: float, teacher: Completions) -> float:
-    """As a share of what an annotator would tell that is right as often as the TinyLM's probabilities say."""
+def told_by_root(teacher: Completions, said: TopTokens) -> float:
+    """What the LLM tells of the TinyLM's words without an adapter, in its own words: nats as in [`Channel`], or 0."""
+    q, p = _heard(teacher, teacher.tokens), _heard(teacher, said)
+    words_U = torch.cat([_words(q), _words(p)]).unique()
+    likely_M = _likely(p.of_words(words_U), torch.eye(len(words_U)), _evidence(q.of_words(words_U)))
+    return max(0.0, float(likely_M.log().mean()))
+
+
+def _told(channel: Channel, teacher: Completions, root_nats: float) -> float:
+    """See [`Testimony`]."""
     q = _heard(teacher, teacher.tokens)
-    words_U = _words(q)
-    q_MU = q.of_words(words_U)
-    possible = float((q_MU * ((q_MU + _FLOOR) / (q_MU.mean(0) + _FLOOR)).log()).sum(1).mean())
-    return nats / possible if possible > 0 else 0.0
+    q_MU = q.of_words(_words(q))
+    possible = float((q_MU * _evidence(q_MU).log()).sum(1).mean())
+    if possible <= root_nats:
+        # The LLM tells as much without an adapter: nobody's testimony is evidence of the client's skill.
+        return 0.0
+    # Where little is left to tell, a small excess over all that is known must not be made a large one.
+    told = min(channel.nats / possible, (channel.nats - root_nats) / (possible - root_nats))
+    return told if channel.doubt < _SURER else min(told, 1.0)
 
 
-def _together(teacher: Completions, heard: Mapping[str, tuple[Channel, TopTokens]]) -> Testimony:
+def _evidence(q_MU: torch.Tensor) -> torch.Tensor:
+    """How much likelier the TinyLM makes each word at a place than it does on average."""
+    return (q_MU + _FLOOR) / (q_MU.mean(0) + _FLOOR)
+
+
+def _together(teacher: Completions, heard: Mapping[str, tuple[Channel, TopTokens]], root_nats: float) -> Testimony:
     """Geometric mean of the annotators that tell about as much as the best."""
     order = sorted(heard, key=lambda name: -heard[name][0].nats)
-    channel, best = heard[order[0]]
-    most = channel.nats
+    most_telling, best = heard[order[0]]
+    most, words_U = most_telling.nats, most_telling.words_U
     kept = [name for name in order if heard[name][0].nats > most - _NATS_BEHIND]
-    words_U = channel.words_U
     # Beside the words that are renamed, those that TinyLM and best annotator name, each once.
     others_MT = torch.cat([teacher.tokens.ids_MT, best.ids_MT], dim=1).sort(dim=1).values
     named_MT = torch.nn.functional.pad(others_MT[:, 1:] == others_MT[:, :-1], (1, 0)) | torch.isin(others_MT, words_U)
@@ -242,7 +271,7 @@ def _together(teacher: Completions, heard: Mapping[str, tuple[Channel, TopTokens
     top = mean_MW.log_softmax(dim=1).topk(min(teacher.tokens.ids_MT.shape[1], mean_MW.shape[1]), dim=1)
     ids_MW = torch.cat([words_U.expand(len(others_MT), -1), others_MT], dim=1)
     tokens = TopTokens(ids_MW.gather(1, top.indices), top.values)
-    return Testimony(tokens, kept, _told(most, teacher))
+    return Testimony(tokens, kept, _told(most_telling, teacher, root_nats))
 
 
 def _heard(teacher: Completions, said: TopTokens) -> TopTokens:

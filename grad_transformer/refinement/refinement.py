@@ -25,7 +25,7 @@ from ..adapters import LoraAdapter
 from ..errors import UsageError
 from ..evaluation.scoring import Rows
 from ..finetuning import write_adapter_tensors
-from .annotators import Panel, Screening, Testimony, hear_best, screen
+from .annotators import Panel, Screening, Testimony, hear_best, screen, told_by_root
 from .arguments import RefinementArguments
 from .completions import Completions, TopTokens, complete_prompts
 from .mixtures import mixture_targets
@@ -54,6 +54,7 @@ class Refinement:
         candidate_delta_P (`torch.Tensor`): its delta, before refinement.
         agreement (`dict[str, float]`): of each candidate with the TinyLM, from 0 to 1.
         expected_agreement (`float`): of an LLM without errors, by the TinyLM's own probabilities.
+        root_agreement (`float`): of the LLM without an adapter, which knows nothing of the client.
         annotators (`list[str]`): the shadows whose testimony it was refined towards, the best first; empty for none,
             and for a mixture of them.
         told (`float`, *optional*): what the best shadow tells of the TinyLM's words, see [`Testimony`]: on all
@@ -67,6 +68,7 @@ class Refinement:
     candidate_delta_P: torch.Tensor
     agreement: dict[str, float]
     expected_agreement: float
+    root_agreement: float
     annotators: list[str]
     told: float | None
     agreement_by_round: list[float]
@@ -202,7 +204,8 @@ class _Case:
 
     Args:
         teacher ([`Completions`]): what its TinyLM says.
-        agreement (`dict[str, float]`), expected (`float`): see [`Refinement`].
+        agreement (`dict[str, float]`), expected (`float`), root_agreement (`float`): see [`Refinement`].
+        root_nats (`float`): see [`told_by_root`].
         candidate (`str`), start_P (`torch.Tensor`): the best one, and its delta.
         delta_P (`torch.Tensor`): what has become of it.
         readings (`list[TopTokens]`): what the LLM or its better, the shadows, said; the last is the latest.
@@ -215,6 +218,8 @@ class _Case:
     teacher: Completions
     agreement: dict[str, float]
     expected: float
+    root_agreement: float
+    root_nats: float
     candidate: str
     start_P: torch.Tensor
     delta_P: torch.Tensor
@@ -229,7 +234,8 @@ class _Case:
     def hedges(self) -> bool:
         if self.screening is not None:
             return self.screening.told > _HEDGING_TOLD
-        return self.history[0] > HEDGING * self.expected
+        # An LLM that satisfies the TinyLM without knowing the client shows nothing of what the client learned.
+        return self.history[0] > HEDGING * self.expected > HEDGING * self.root_agreement
 
     def target(self, arguments: RefinementArguments) -> SoftTarget:
         """What its tokens are trained towards in the next round."""
@@ -257,10 +263,19 @@ def _refine_group(
     cases = _choose(completions, candidates, student, arguments, say)
     if panel is not None:
         speaking = [case for case in cases if case.teacher.some(arguments.screening_prompts).counted_M.any()]
-        screenings = screen([case.teacher for case in speaking], panel, arguments.screening_prompts)
+        screenings = screen(
+            [case.teacher for case in speaking],
+            panel,
+            arguments.screening_prompts,
+            root_nats=[case.root_nats for case in speaking],
+        )
         for case, screening in zip(speaking, screenings, strict=True):
             case.screening, case.told = screening, screening.told
-    moving = [case for case in cases if case.hedges or not is_covered(case.agreement, case.expected, arguments)]
+    moving = [
+        case
+        for case in cases
+        if case.hedges or not is_covered(case.agreement, case.expected, arguments, root=case.root_agreement)
+    ]
     if panel is not None:
         _ask_shadows(moving, panel)
     for round_number in range(arguments.rounds if moving else 0):
@@ -287,6 +302,7 @@ def _refine_group(
             candidate_delta_P=case.start_P,
             agreement=case.agreement,
             expected_agreement=case.expected,
+            root_agreement=case.root_agreement,
             annotators=[] if case.testimony is None else case.testimony.annotators,
             told=case.told,
             agreement_by_round=case.history,
@@ -305,6 +321,9 @@ def _choose(
 ) -> list[_Case]:
     """The candidate of each client that agrees best with its TinyLM."""
     power, read = arguments.certainty_power, {}
+    say("agreement of the LLM without an adapter")
+    root_KP = student.root.adapter.flat().repeat(len(completions), 1)
+    from_root = student.read(root_KP, completions, top_tokens=arguments.top_tokens)
     for name, deltas_KP in candidates.items():
         say(f"agreement of candidate {name}")
         values_KP = student.root.adapter.flat() + deltas_KP
@@ -319,6 +338,8 @@ def _choose(
                 teacher=teacher,
                 agreement=agreement,
                 expected=teacher.expected_agreement(power),
+                root_agreement=teacher.agreement(from_root[index], power),
+                root_nats=told_by_root(teacher, from_root[index]) if teacher.counted_M.any() else 0.0,
                 candidate=best,
                 start_P=start_P,
                 delta_P=start_P,
@@ -342,11 +363,14 @@ def _ask_shadows(cases: Sequence[_Case], panel: Panel) -> None:
             case.testimony, case.readings = testimony, [testimony.tokens]
 
 
-def is_covered(agreement: Mapping[str, float], expected: float, arguments: RefinementArguments) -> bool:
+def is_covered(
+    agreement: Mapping[str, float], expected: float, arguments: RefinementArguments, *, root: float
+) -> bool:
     """Whether shadows showed the client's task, so that what they know is worth more than what its TinyLM says.
 
-    The nearest one's adapter then agrees with the TinyLM about as well as an LLM without errors would. Where that one
-    is no candidate, nobody knows.
+    The nearest one's adapter then agrees with the TinyLM about as well as an LLM without errors would, both measured
+    from `root`, the agreement of the LLM without an adapter: a competent one agrees with anybody. Where the nearest
+    is no candidate, or the LLM alone agrees as well as can be expected, nobody knows.
     """
     nearest = agreement.get("nearest_shadow", 0.0)
-    return nearest >= arguments.covered_agreement * expected
+    return root < expected and nearest - root >= arguments.covered_agreement * (expected - root)

@@ -55,10 +55,12 @@ class RefinementFlags:
 
 def describe_refinement(facts: Mapping[str, Any]) -> str:
     """One sentence on what became of a client."""
-    history = " -> ".join(f"{agreement:.3f}" for agreement in facts["agreement_by_round"])
+    first, *later = facts["agreement_by_round"]
+    way = facts["candidate"].replace("_", " ")
+    refined = f", {later[-1]:.0%} after refinement" if later else ", kept as it is"
     shadows = ", ".join(facts["annotators"])
     return (
-        f"Agreement with the TinyLM on public prompts: {facts['candidate']} {history}, "
-        f"an LLM without errors {facts['expected_agreement']:.3f}."
-        + (f" Towards what these shadows say in the client's words: {shadows}." if shadows else "")
+        f"Agreement with the TinyLM on public prompts: {first:.0%} as generated ({way}){refined}; an LLM "
+        f"without errors {facts['expected_agreement']:.0%}, the LLM without an adapter {facts['root_agreement']:.0%}."
+        + (f" Refined towards what these shadows say in the client's words: {shadows}." if shadows else "")
     )

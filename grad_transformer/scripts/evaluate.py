@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DeltaDatasetError, UsageError
+from ..errors import DeltaDatasetError
 from ..outputs import prepare_output
 from ._common import CommandParser, CommandResult, check_device
 from ._refinement import RefinementFlags
@@ -63,9 +63,11 @@ def make_parser() -> CommandParser:
 
 def main(args: EvaluateArguments, refinement: RefinementFlags, columns: RowFlags) -> CommandResult:
     from ..evaluation.report import summary_table
+    from ..evaluation.tables import advice
     from ..finetuning import load_rows
     from ..modeling_grad_transformer import GradTransformer
     from ..shadow import check_dataset_of, load_delta_dataset
+    from ._clients import read_cases, read_clients
 
     check_device(args.device, args.dtype)
     entries = read_clients(args.clients)
@@ -75,7 +77,9 @@ def main(args: EvaluateArguments, refinement: RefinementFlags, columns: RowFlags
     deltas = load_delta_dataset(args.dataset)
     check_dataset_of(mapper, deltas)
     heldout_split(deltas)
-    cases = [_case(entry, mapper, columns) for entry in entries]
+    cases = read_cases(
+        entries, mapper, columns.arguments(), source_model=args.source_model, target_model=args.target_model
+    )
     methods = {}
     if refinement.refine_data is not None:
         methods = refined_methods(
@@ -104,27 +108,8 @@ def main(args: EvaluateArguments, refinement: RefinementFlags, columns: RowFlags
         wall_seconds={},
         methods=methods,
     )
-    text = f"{summary_table(report)}\n\nReport: {Path(args.output_dir) / 'report.md'}"
+    text = f"{advice(report)}\n\n{summary_table(report)}\n\nReport: {Path(args.output_dir) / 'report.md'}"
     return CommandResult(report.to_dict(), text)
-
-
-def read_clients(path: str | Path) -> list[dict[str, Any]]:
-    """The list of clients in a YAML or JSON file.
-
-    Raises:
-        [`UsageError`]: it cannot be read, is no list, an entry has missing or unknown keys or values of another type,
-            or two have the same id.
-    """
-    # pydantic is not loaded for --help.
-    from ..files import read_yaml
-    from ..schemas import ClientList
-
-    entries = read_yaml(path, ClientList)
-    ids = [entry["id"] for entry in entries]
-    twice = sorted({name for name in ids if ids.count(name) > 1})
-    if twice:
-        raise UsageError("Two clients have the same id.", path=path, expected="ids of their own", found=twice[0])
-    return [dict(entry) for entry in entries]
 
 
 def make_scorer(
@@ -262,22 +247,3 @@ def refined_methods(
         "refined": adapters,
         "public_weak_to_strong": [decode(refinement.delta_P) for refinement in baseline],
     }
-
-
-def _case(entry: Mapping[str, Any], mapper: GradTransformer, columns: RowFlags) -> ClientCase:
-    from ..adapters import LoraAdapter
-    from ..evaluation.clients import ClientCase
-    from ..finetuning import load_rows
-
-    source, target = mapper.tokenizers()
-    task = str(entry.get("task") or "")
-    ceiling = entry.get("llm_adapter")
-    return ClientCase(
-        id=str(entry["id"]),
-        adapter=LoraAdapter.from_pretrained(entry["adapter"], layout=source.layout),
-        test_rows=list(load_rows(entry["test_data"], split="test", **columns.arguments())),
-        llm_adapter=None if ceiling is None else LoraAdapter.from_pretrained(ceiling, layout=target.layout),
-        kind=str(entry.get("kind") or "other"),
-        task=task,
-        tasks=frozenset({task} if task else ()),
-    )

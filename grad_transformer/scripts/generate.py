@@ -14,8 +14,10 @@ the posterior of TinyLM and LLM. No private row is seen, and what a private fine
 (post-processing). With `--dataset`, nearest shadow and regressions can also take the mapper's place (`--method`);
 `best` lets agreement on the public prompts decide, client by client.
 
-Each client's shift, its distance from the shadows that the mapper has learned from, is printed and kept in the
-adapter; `--max_shift 2` refuses clients beyond.
+Each client is checked, and what was found is printed and kept in the adapter: how far it lies from the shadows that
+the mapper has learned from, and how long A and B of each block are beside theirs (`--max_shift` refuses what is far
+beyond; `--max_shift inf` nothing); whether its recipe is the mapper's (`--allow_other_recipe`); and whether another
+client sent the same adapter, which then counts once (`--allow_duplicates`).
 
 Several adapters become one delta before it is mapped, or after (`--order map_first`). mean, weighted and sum trust
 every client; median, trimmed_mean, krum, multi_krum and fltrust bear some that do not deserve it. Adapters are read as
@@ -26,11 +28,11 @@ with plain peft: `PeftModel.from_pretrained(llm, "llm-adapter")`.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..constants import AGGREGATIONS, SHIFT_NAME
-from ..errors import UsageError
+from ..constants import AGGREGATIONS, MAXIMUM_SHIFT, MAXIMUM_SIZE
 from ..outputs import prepare_output
 from ..refinement.arguments import CANDIDATES
 from ._common import CommandParser, CommandResult, check_device
@@ -39,11 +41,9 @@ from ._rows import RowFlags
 
 
 if TYPE_CHECKING:
-    import torch
+    from ..adapters.checks import ClientCheck
 
-    from ..evaluation.shift import ShiftReport
-
-FACTS = ("aggregation", "order", "remaining_error")
+FACTS = ("num_counted", "aggregation", "order", "remaining_error")
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,21 @@ class GenerateArguments:
     max_shift: float | None = field(
         default=None,
         metadata={
-            "help": "Refuse clients that lie farther from the shadows; one in twenty held-out shadow runs exceeds 1."
+            "help": "Refuse clients that lie farther from the shadows; one in twenty held-out shadow runs exceeds 1. "
+            f"Default: {MAXIMUM_SHIFT:g}, where the mapper has a record of its shadows. A and B of each block must "
+            f"not be longer than {MAXIMUM_SIZE:g}, in the same sense. inf: refuse none."
         },
     )
     disjoint_clients: bool = field(
         default=False,
         metadata={"help": "The clients declare that nobody's data is with two of them: privacy composes in parallel."},
+    )
+    allow_duplicates: bool = field(
+        default=False, metadata={"help": "Count an adapter that several clients sent as often as it was sent."}
+    )
+    allow_other_recipe: bool = field(
+        default=False,
+        metadata={"help": "Map clients that were fine-tuned by another recipe than the mapper's shadows."},
     )
     mapper_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the mapper."})
     dtype: str = field(default="float32", metadata={"help": "dtype of the mapper."})
@@ -115,8 +124,6 @@ def make_parser() -> CommandParser:
 
 
 def main(args: GenerateArguments, refinement: RefinementFlags, columns: RowFlags) -> CommandResult:
-    import torch
-
     from ..adapters.privacy import STATEMENT_KEY
     from ..modeling_grad_transformer import GradTransformer
     from ._prediction import Prediction
@@ -124,11 +131,10 @@ def main(args: GenerateArguments, refinement: RefinementFlags, columns: RowFlags
     check_device(args.device, args.dtype)
     given = [args.mapper, *args.adapters, args.dataset, args.reference, args.source_model, args.target_model]
     prepare_output(args.output_dir, "generated_adapter", inputs=given)
+    # Resolved once: weights, tokenizers and the record of the shadows are those of one commit.
     mapper = GradTransformer.from_pretrained(args.mapper, revision=args.mapper_revision, dtype=args.dtype)
     if args.device is not None:
         mapper.to(args.device)
-    checked = [mapper.tokenizers()[0].read_client(path) for path in args.adapters]
-    shifts = measure_shifts(args, torch.stack([delta_P for _, delta_P in checked]))
     prediction = Prediction(
         mapper,
         args.method,
@@ -141,7 +147,7 @@ def main(args: GenerateArguments, refinement: RefinementFlags, columns: RowFlags
     )
     started = time.perf_counter()
     adapter = mapper.generate_adapter(
-        [client for client, _ in checked],
+        args.adapters,
         aggregation=args.aggregation,
         order=args.order,
         weights=args.weights,
@@ -149,68 +155,72 @@ def main(args: GenerateArguments, refinement: RefinementFlags, columns: RowFlags
         max_norm=args.max_norm,
         reference=args.reference,
         disjoint_clients=args.disjoint_clients,
+        allow_duplicates=args.allow_duplicates,
+        allow_other_recipe=args.allow_other_recipe,
+        max_shift=args.max_shift,
         predict=prediction,
     )
     seconds = time.perf_counter() - started
-    adapter.metadata["generated"]["method"] = args.method
-    if prediction.facts:
-        adapter.metadata["generated"]["refinement"] = prediction.facts
-    adapter.metadata["generated"]["shift"] = None if shifts is None else [shift.to_dict() for shift in shifts]
+    generated = adapter.metadata["generated"]
+    generated["method"] = args.method
+    # With `map_first` and a reference, the last is the reference's.
+    refined = prediction.facts[: generated["num_counted"]]
+    if refined:
+        generated["refinement"] = refined
     adapter.save_pretrained(args.output_dir)
+    checks = checks_of(generated)
+    named = list(zip(args.adapters, checks, strict=True))
     norm = float((adapter.flat() - mapper.tokenizers()[1].root.adapter.flat()).norm())
     data = {
         "output_dir": args.output_dir,
         "base_model": adapter.base_model,
         "num_clients": len(args.adapters),
-        **{name: value for name, value in adapter.metadata["generated"].items() if name in FACTS},
-        "shift": adapter.metadata["generated"]["shift"],
+        **{name: generated[name] for name in FACTS if name in generated},
+        "verdict": verdict(args.adapters, checks),
+        "checks": [{"client": name, "words": check.describe(), **check.to_dict()} for name, check in named],
+        "shift": generated["shift"],
         "method": args.method,
-        "refinement": prediction.facts or None,
+        "refinement": refined or None,
         "privacy": adapter.metadata.get(STATEMENT_KEY),
         "delta_norm": norm,
         "seconds": seconds,
     }
-    text = (
-        f"{len(args.adapters)} client adapter(s) -> adapter for {adapter.base_model}, delta norm {norm:.4g}, "
-        f"{seconds:.2f} s\nPeftModel.from_pretrained(llm, {args.output_dir!r})"
-    )
-    for path, shift in zip(args.adapters, shifts or (), strict=False):
-        text += f"\n{path}: {shift.describe()}"
-    for facts in prediction.facts:
-        text += f"\n{describe_refinement(facts)}"
-    if shifts is None:
-        text += "\nShift: not measured, the mapper says nothing of its shadows."
+    lines = [data["verdict"], *(f"  {name}: {check.describe()}" for name, check in named)]
+    lines += [describe_refinement(facts) for facts in refined]
     if data["privacy"] is not None:
-        text += f"\nPrivacy: {data['privacy']['statement']}"
-    return CommandResult(data, text)
+        lines.append(f"Privacy: {data['privacy']['statement']}")
+    lines += [
+        f"{generated['num_counted']} client adapter(s) -> adapter for {adapter.base_model}, delta norm {norm:.4g}, "
+        f"{seconds:.2f} s",
+        f"Use it: PeftModel.from_pretrained(llm, {args.output_dir!r})",
+    ]
+    return CommandResult(data, "\n".join(lines))
 
 
-def measure_shifts(args: GenerateArguments, deltas_CP: torch.Tensor) -> list[ShiftReport] | None:
-    """How far each client lies from the mapper's shadows; `None` where the mapper says nothing of them.
+def checks_of(generated: Mapping[str, Any]) -> list[ClientCheck]:
+    """The checks of the clients, in their order, from an adapter's metadata."""
+    from ..adapters import ShiftReport
+    from ..adapters.checks import ClientCheck
 
-    Raises:
-        [`UsageError`]: farther than `--max_shift`, or `--max_shift` with a mapper that says nothing.
-    """
-    from ..evaluation.shift import load_shift_reference
+    shifts = generated["shift"] or [None] * len(generated["checks"])
+    return [
+        ClientCheck(**check, shift=None if shift is None else ShiftReport(**shift))
+        for check, shift in zip(generated["checks"], shifts, strict=True)
+    ]
 
-    reference = load_shift_reference(args.mapper, revision=args.mapper_revision)
-    if reference is None:
-        if args.max_shift is not None:
-            raise UsageError(
-                "The shift of the clients cannot be measured.",
-                path=args.mapper,
-                expected=f"{SHIFT_NAME} beside the mapper",
-                remedy="train the mapper again, or leave --max_shift out",
-            )
-        return None
-    shifts = reference.measure(deltas_CP)
-    for path, shift in zip(args.adapters, shifts, strict=True):
-        if args.max_shift is not None and not shift.shift <= args.max_shift:
-            raise UsageError(
-                "A client lies too far from what the mapper has learned.",
-                path=path,
-                expected=f"a shift of at most {args.max_shift:g}",
-                found=shift.describe(),
-                remedy="raise --max_shift, leave the client out, or train the mapper on shadows like it",
-            )
-    return shifts
+
+def verdict(names: Sequence[str], checks: Sequence[ClientCheck]) -> str:
+    """What the checks say of the adapter, and what to do."""
+    shifts = [check.shift for check in checks]
+    far = [name for name, shift in zip(names, shifts, strict=True) if shift is not None and shift.shift > 1]
+    copies = sum(check.duplicate_of is not None for check in checks)
+    if None in shifts:
+        first = "Whether the mapper can read these clients is not known: it was saved without a record of its shadows."
+    elif not far:
+        first = "The mapper was trained on adapters like these: each is as near its shadows as held-out runs are."
+    elif len(far) == len(checks):
+        first = "The adapter is a guess: no client resembles what the mapper was trained on."
+    else:
+        first = f"The adapter is in part a guess: {', '.join(far)} lies far from what the mapper was trained on."
+    said = "" if not copies else f" {copies} of {len(checks)} adapters were sent before."
+    return f"{first}{said} Score it on rows of the clients' tasks before anybody relies on it."

@@ -189,16 +189,16 @@ def _train(
 
 def _score(deltas: DeltaDataset, trainer: GradTransformerTrainer, heldout: HeldoutMetrics | None) -> dict[str, Any]:
     """The held-out figures beside those of the controls; writes the shift reference where runs were held out."""
+    from ..adapters.shift import MINIMUM_SHADOWS, ShiftReference
     from ..evaluation.clients import score_heldout
     from ..evaluation.controls import fit_controls
-    from ..evaluation.shift import MINIMUM_SHADOWS, ShiftReference
 
     unseen = [name for name in deltas.splits if name != "train"]
     if not unseen:
         return {}
     train_pairs, widths = deltas.pairs("train"), deltas.source_layout.widths
     if trainer.is_world_process_zero() and len(train_pairs.source) >= MINIMUM_SHADOWS:
-        shift = ShiftReference.fit(train_pairs.source, deltas.pairs(*unseen).source, widths=widths)
+        shift = ShiftReference.fit(train_pairs.source, deltas.pairs(*unseen).source, layout=deltas.source_layout)
         shift.save_pretrained(trainer.args.output_dir)
     if heldout is None:
         return {}

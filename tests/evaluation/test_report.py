@@ -20,7 +20,7 @@ from grad_transformer.evaluation.report import (
     summary_table,
     write_report,
 )
-from grad_transformer.evaluation.tables import headline, markdown
+from grad_transformer.evaluation.tables import advice, headline, markdown
 
 
 def right(count: int, of: int = 20) -> np.ndarray:
@@ -265,3 +265,19 @@ def test_the_limits_follow_from_the_numbers() -> None:
     assert "more than a look-up" in limits(19)
     assert "frontier" in limits(9)
     assert "frontier" not in limits(12)
+
+
+def test_the_advice_names_what_does_best_and_what_to_do() -> None:
+    ours = report(clients=[client(generated=18), client("c1", generated=19)])
+    assert "score 0.93 on these clients, their own TinyLMs 0.50" in advice(ours) and "use them" in advice(ours)
+    nearest = report(clients=[client(generated=12)])
+    assert "nearest 0.85: take that (generate --method nearest_shadow)" in advice(nearest)
+    refined = report(clients=[client(generated=12, methods={"refined": right(19)})])
+    assert "refined 0.95: refine them" in advice(refined)
+    # What only some clients have does not decide.
+    some = report(clients=[client(methods={"refined": right(19)}), client("c1", generated=18)])
+    assert "use them" in advice(some)
+    assert "better served" in advice(report(clients=[client(tinylm=20, generated=5)]))
+    blind = report(heldout=HeldoutScores(-0.1, 0.65, -0.4))
+    assert advice(blind).startswith("The mapper ignores its input") and "Do not rely" in advice(blind)
+    assert advice(report(clients=[])) == "The mapper reads its input."

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grad_transformer.refinement import Completions, TopTokens, annotator_deltas
-from grad_transformer.refinement.annotators import Channel, Panel, Screening, hear_best, screen
+from grad_transformer.refinement.annotators import Channel, Panel, Screening, hear_best, screen, told_by_root
 from grad_transformer.refinement.targets import target_of_testimony
 
 
@@ -78,6 +78,30 @@ def test_more_than_all_is_told_of_a_tinylm_that_hedges() -> None:
     assert Screening(teacher, teacher, {}, {"": Channel.fit(teacher, said(TRUTH, 0.97))}).told > 1.22
 
 
+def told(teacher: Completions, annotator: TopTokens, root: TopTokens | None = None) -> float:
+    nats = 0.0 if root is None else told_by_root(teacher, root)
+    return Screening(teacher, teacher, {}, {"": Channel.fit(teacher, annotator)}, nats).told
+
+
+def test_an_annotator_that_is_the_tinylm_itself_shows_no_hedging() -> None:
+    for right in (0.3, 0.45, 0.7):
+        teacher = weak(right=right)
+        assert told(teacher, teacher.tokens) == 1.0
+        # A little surer than the TinyLM is no witness of its own either.
+        sharper = TopTokens(teacher.tokens.ids_MT, (1.2 * teacher.tokens.log_probs_MT).log_softmax(dim=1))
+        assert told(teacher, sharper) <= 1.0
+
+
+def test_what_a_competent_llm_says_without_an_adapter_is_no_testimony() -> None:
+    teacher, knowing = weak(), said(RENAMED[TRUTH], 0.97)
+    silent = said(torch.zeros_like(TRUTH), 0.2)
+    assert told_by_root(teacher, silent) == 0.0
+    assert told(teacher, knowing, silent) == told(teacher, knowing) > 0.75
+    # Shadows of an LLM that knows all this anyway tell nothing of the client.
+    assert told(teacher, knowing, knowing) < 0.1
+    assert told(teacher, teacher.tokens, teacher.tokens) == 0.0
+
+
 def test_words_that_are_not_frequent_stand_for_themselves() -> None:
     # One place in 720 has a word that the channel does not rename.
     teacher, annotator = weak(), said(TRUTH, 0.7)
@@ -119,7 +143,7 @@ def test_the_best_annotators_are_found_on_few_prompts_and_asked_on_all() -> None
         knowing.append(said(torch.where(errs, 0, words_M), torch.where(errs, 0.3, 0.97)))
     student = Readings([*strangers, *knowing])
     panel = Panel(NUMBERS, student, 16, lambda _: None)  # type: ignore[arg-type]
-    (screening,) = screen([weak()], panel, ROWS // 2)
+    (screening,) = screen([weak()], panel, ROWS // 2, root_nats=[0.0])
     assert student.asked == [(number, ROWS // 2) for number in range(9)]
     assert sorted(screening.best[:2]) == ["7", "8"]
     (testimony,) = hear_best([screening], panel)

@@ -122,9 +122,18 @@ def test_what_the_llm_said_before_is_averaged_with_what_it_says_now() -> None:
 
 def test_a_client_is_covered_where_the_nearest_shadow_satisfies_the_tinylm() -> None:
     arguments = RefinementArguments(covered_agreement=0.9)
-    assert is_covered({"mapper": 0.5, "nearest_shadow": 0.9}, 0.98, arguments)
-    assert not is_covered({"mapper": 0.99, "nearest_shadow": 0.8}, 0.98, arguments)
-    assert not is_covered({"mapper": 1.0}, 0.98, arguments)
+    assert is_covered({"mapper": 0.5, "nearest_shadow": 0.9}, 0.98, arguments, root=0.0)
+    assert not is_covered({"mapper": 0.99, "nearest_shadow": 0.8}, 0.98, arguments, root=0.0)
+    assert not is_covered({"mapper": 1.0}, 0.98, arguments, root=0.0)
+
+
+def test_a_competent_llm_covers_nobody() -> None:
+    # It agrees with the TinyLM as well as can be expected and knows nothing of the client, and so do its shadows.
+    arguments = RefinementArguments()
+    assert is_covered({"nearest_shadow": 0.75}, 0.7, arguments, root=0.02)
+    for root in (0.65, 0.7, 1.07 * 0.7):
+        assert not is_covered({"nearest_shadow": 0.69}, 0.7, arguments, root=root)
+    assert not is_covered({"nearest_shadow": 0.75}, 0.7, arguments, root=0.75)
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +268,40 @@ def test_a_client_whose_tinylm_says_nothing_is_not_screened(world: dict, heard: 
     none, annotators = {"none": zero_P.repeat(2, 1)}, {"root": zero_P}
     results = refine([silent, heard[1]], none, world["student"], ARGUMENTS, annotators=annotators)
     assert results[0].told is None and results[1].told is not None
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (300, 300), (1, 300)])
+def test_completions_of_one_and_of_three_hundred_tokens_are_refined(world: dict, lengths: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    teachers = []
+    for length in lengths:
+        rows = torch.randint(2, 20, (4, 3 + length), generator=generator).tolist()
+        tokens = TopTokens.of_logits(3 * torch.randn(4 * length, 32, generator=generator), 16)
+        teachers.append(Completions(rows, [3] * 4, tokens, torch.ones(4 * length, dtype=torch.bool)))
+    root = world["roots"]["llm"]
+    zero_P, other_P = torch.zeros(root.layout.numel), moved(root, scale=0.5, seed=9).flat() - root.adapter.flat()
+    candidates = {"mapper": zero_P.repeat(2, 1), "nearest_shadow": other_P.repeat(2, 1)}
+    arguments = replace(ARGUMENTS, rounds=1, steps=2)
+    for result in refine(teachers, candidates, world["student"], arguments, annotators={"a": zero_P, "b": other_P}):
+        assert torch.isfinite(result.delta_P).all()
+        assert 0 <= result.root_agreement <= 1 and result.told is not None
+
+
+def test_a_client_whose_llm_knows_all_without_it_is_neither_covered_nor_hedging(world: dict) -> None:
+    """The LLM without an adapter says what the TinyLM says, and more surely: a competent base model."""
+    root = world["roots"]["llm"]
+    rows = [[3, 4, 5, number, number + 1] for number in range(2, 12)]
+    silent = TopTokens(torch.zeros(20, 1, dtype=torch.int64), torch.zeros(20, 1))
+    asked = Completions(rows, [3] * 10, silent, torch.ones(20, dtype=torch.bool))
+    (said,) = world["student"].read(root.adapter.flat()[None], [asked], top_tokens=16)
+    # As unsure as a weak TinyLM, with the LLM's favourite first.
+    unsure = TopTokens(said.ids_MT, (0.3 * said.log_probs_MT).log_softmax(dim=1))
+    teacher = replace(asked, tokens=unsure)
+    zero = torch.zeros(1, root.layout.numel)
+    arguments = replace(ARGUMENTS, rounds=1, steps=2)
+    (result,) = refine([teacher], {"mapper": zero, "nearest_shadow": zero}, world["student"], arguments)
+    assert result.root_agreement == 1.0 > result.expected_agreement
+    assert len(result.agreement_by_round) == 2, "covered by a shadow that knows no more than the LLM alone"
 
 
 def test_a_covered_client_keeps_its_best_candidate(
