@@ -22,7 +22,7 @@ from huggingface_hub import HfApi
 from grad_transformer import LoraAdapter
 from grad_transformer.errors import HubError
 from grad_transformer.hub import fetch, publish
-from grad_transformer.hub.revisions import file_sha256
+from grad_transformer.hub.hashes import file_sha256
 from tests.hub.conftest import PROVIDER, TOKENS
 from tests.hub.killed import push_in_a_process
 from tests.hub.worlds import client_adapter, tiny_roots
