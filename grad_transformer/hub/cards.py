@@ -8,7 +8,8 @@ Making a card asks nothing of the network.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -74,28 +75,20 @@ def card_files(
         metadata["license"] = license
     card_class = DatasetCard if kind.repo_type == "dataset" else ModelCard
     data_class: type[CardData] = DatasetCardData if kind.repo_type == "dataset" else ModelCardData
-    try:
-        if previous is not None:
-            before = card_class(_decode(previous))
+    if previous is not None:
+        text = _decode(previous, repo_id)
+        with _card_errors(repo_id):
+            before = card_class(text)
             old = before.data.to_dict()
             _check_metadata(old)
-            # A push without a report, dataset or license leaves those of the card.
-            metadata = {**old, **metadata, "tags": _merged_tags(old.get("tags"), metadata["tags"])}
-            body = merge_text(before.text, body)
-        # Through the class that the Hub's own tools read cards with: what it refuses is never uploaded.
+        # A push without a report, dataset or license leaves those of the card.
+        metadata = {**old, **metadata, "tags": list(dict.fromkeys([*(old.get("tags") or []), *metadata["tags"]]))}
+        body = merge_text(before.text, body)
+    # Through the class that the Hub's own tools read cards with: what it refuses is never uploaded.
+    with _card_errors(repo_id):
         data = data_class(**metadata)
         card = card_class(f"---\n{data.to_yaml()}\n---\n{body.lstrip()}")
-        result = {CARD_NAME: str(card).encode()}
-    except UsageError:
-        raise
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError, yaml.YAMLError) as cause:
-        raise UsageError(
-            "The card's metadata cannot be read.",
-            path=f"{repo_id}/{CARD_NAME}",
-            expected="UTF-8, with valid YAML between the first two --- lines",
-            found=f"{type(cause).__name__}: {ascii(str(cause))[1:121]}",
-            remedy=f"mend or delete {CARD_NAME} in the repository, and push again",
-        ) from cause
+    result = {CARD_NAME: str(card).encode()}
     if facts.eval_results:
         result[EVAL_RESULTS_NAME] = yaml.safe_dump(facts.eval_results, sort_keys=False).encode()
     return result
@@ -133,18 +126,22 @@ def _passages(text: str) -> list[tuple[str, int, int]]:
     return found
 
 
-def _decode(card: bytes) -> str:
-    if len(card) > MAX_CARD_BYTES:
-        raise ValueError(f"more than {MAX_CARD_BYTES} bytes")
-    text = card.decode("utf-8-sig")
-    head = REGEX_YAML_BLOCK.search(text)
-    if head is not None and len(head[2]) > _MAX_METADATA_BYTES:
-        raise ValueError(f"more than {_MAX_METADATA_BYTES} bytes of metadata")
-    return text
+def _decode(card: bytes, repo_id: str) -> str:
+    with _card_errors(repo_id):
+        if len(card) > MAX_CARD_BYTES:
+            raise ValueError(f"more than {MAX_CARD_BYTES} bytes")
+        text = card.decode("utf-8-sig")
+        head = REGEX_YAML_BLOCK.search(text)
+        if head is not None and len(head[2]) > _MAX_METADATA_BYTES:
+            raise ValueError(f"more than {_MAX_METADATA_BYTES} bytes of metadata")
+        return text
 
 
 def _check_metadata(old: Mapping[Any, Any]) -> None:
     """YAML may name one value a million times, in a few lines: its values are counted as they would be written."""
+    tags = old.get("tags") or []
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise ValueError("`tags` is no list of words")
     pending: list[Any] = [old]
     count = 0
     while pending:
@@ -158,10 +155,19 @@ def _check_metadata(old: Mapping[Any, Any]) -> None:
             pending += value
 
 
-def _merged_tags(old: Any, new: list[str]) -> list[str]:
-    if old is not None and not (isinstance(old, list) and all(isinstance(tag, str) for tag in old)):
-        raise ValueError("`tags` is no list of words")
-    return list(dict.fromkeys([*(old or []), *new]))
+@contextmanager
+def _card_errors(repo_id: str) -> Iterator[None]:
+    """What the Hub's classes raise for metadata that they cannot hold, as one typed error."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, RecursionError, yaml.YAMLError) as cause:
+        raise UsageError(
+            "The card's metadata cannot be read.",
+            path=f"{repo_id}/{CARD_NAME}",
+            expected="UTF-8, with valid YAML between the first two --- lines",
+            found=f"{type(cause).__name__}: {ascii(str(cause))[1:121]}",
+            remedy=f"mend or delete {CARD_NAME} in the repository, and push again",
+        ) from cause
 
 
 def _facts(kind: RepoKind, files: Mapping[str, Path | bytes], repo_id: str) -> Facts:

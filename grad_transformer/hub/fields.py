@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,8 +61,8 @@ class Fields:
         value = self.data.get(name)
         if value is None:
             return None
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-        if not fits or not math.isfinite(value) or abs(value) > 1e15:
+        # Also refuses NaN, and integers beyond float's range.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e15:
             raise self._wrong(name, "a finite number", value)
         return float(value)
 

@@ -186,7 +186,7 @@ def files_of(folder: Path, kind: RepoKind) -> dict[str, Path | bytes]:
     check_allowed(others, path=folder)
     for name in (kind.manifest, *kind.required):
         if name not in files:
-            pickles = sorted(path.name for path in folder.glob("*.bin"))
+            pickles = sorted(path.name for path in folder.glob("adapter_model*.bin"))
             raise IncompleteArtifactError(
                 "The folder is not whole.",
                 path=folder,

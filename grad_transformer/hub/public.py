@@ -100,7 +100,7 @@ def _texts(value: Any) -> Iterator[str]:
 def _check_nameless(report: Any, name: str) -> None:
     """The pictures beside it were drawn from the same report."""
     for client in Fields(report if isinstance(report, dict) else {}, name).objects("clients"):
-        if not _NAMELESS.fullmatch(client.word("id") or ""):
+        if not _NAMELESS.fullmatch(client.text("id") or ""):
             raise UsageError(
                 "The report names its clients.",
                 path=name,
