@@ -26,7 +26,14 @@ _NOT_COVERED = (
     "in the data more than once, unless their rows were bounded together. The statement in full is in "
     "`grad_transformer.json`. It is what the owner says: nobody can verify it from the adapter."
 )
-_UNITS = {"add_or_remove_one_example": "adding or removing one example"}
+_UNITS = {
+    "add_or_remove_one_example": "adding or removing one example",
+    "add_or_remove_one_group": "adding or removing one group of examples, such as those of one person",
+}
+_GUESSABLE = (
+    " **The noise came from a generator whose streams can all be tried**: to whoever does, there is no bound. A "
+    "fine-tune with a newer version mends that."
+)
 
 
 def adapter_facts(repo_id: str, config: Fields, metadata: Fields) -> Facts:
@@ -36,8 +43,8 @@ def adapter_facts(repo_id: str, config: Fields, metadata: Fields) -> Facts:
         [`UsageError`]: a field that the card shows is not of the type that it must have.
     """
     base = config.text("base_model_name_or_path")
-    generated = metadata.object("generated")
-    mapper = (generated if generated.has("mapper") else metadata).object("mapper").origin()
+    generated = metadata.child("generated")
+    mapper = (generated if generated.has("mapper") else metadata).child("mapper").origin()
     made_with = "a mapper that was not on the Hub" if mapper is None else origin_words(mapper)
     plain = not metadata.has("root") and not metadata.has("mapper")
     words = {
@@ -53,9 +60,9 @@ def adapter_facts(repo_id: str, config: Fields, metadata: Fields) -> Facts:
         "privacy": _privacy_words(metadata),
         "num_clients": str(generated.count("num_clients") or 1),
         "aggregation": generated.word("aggregation") or "mean",
-        "clients": _client_lines(generated.objects("clients")),
-        "shift": _shift_words(generated.objects("shift")),
-        "refinement": _refinement_words(generated.objects("refinement")),
+        "clients": _client_lines(generated.children("clients")),
+        "shift": _shift_words(generated.children("shift")),
+        "refinement": _refinement_words(generated.children("refinement")),
     }
     return Facts({"library_name": "peft", **base_models(base), "tags": [LIBRARY, "lora"]}, words)
 
@@ -76,13 +83,14 @@ def _examples_words(count: int | None) -> str:
 
 def _privacy_words(metadata: Fields) -> str:
     """From the facts of the statement; its own words, which anybody could have written, stay in the file."""
-    statement = metadata.object("differential_privacy")
+    statement = metadata.child("differential_privacy")
     if not statement.data:
         without = "differential_privacy" in metadata.data
         said = "Made **without differential privacy**" if without else "States **no differential privacy**"
         return f"{said}. {_NO_BOUND} This adapter can reveal them."
     epsilon, delta = statement.number("epsilon"), statement.number("delta")
-    if epsilon is None or delta is None or not epsilon > 0 or not 0 < delta < 1:
+    stated = epsilon is not None and delta is not None and epsilon > 0 and 0 < delta < 1
+    if not stated or statement.has("known_seed"):
         return f"**No bound by differential privacy**: not all of its sources state one. {_NO_BOUND}"
     adjacency = statement.word("adjacency") or "add_or_remove_one_example"
     words = (
@@ -99,6 +107,8 @@ def _privacy_words(metadata: Fields) -> str:
             f"{statement.number('max_grad_norm') or 0.0:.4g} and {statement.count('steps') or 0} steps, by the "
             f"{(statement.word('accountant') or 'unnamed').upper()} accountant"
         )
+        guessable = (statement.text("random_generator") or "torch.Generator") == "torch.Generator"
+        return f"{words}.{_GUESSABLE if guessable else ''}\n  - {_NOT_COVERED}"
     return f"{words}.\n  - {_NOT_COVERED}"
 
 
@@ -116,7 +126,7 @@ def _refinement_words(refinements: list[Fields]) -> str:
     for facts in refinements[:_MAX_CLIENTS]:
         history = facts.numbers("agreement_by_round")
         ending = f"refined to {history[-1]:.2f}" if len(history) > 1 else "left as it was"
-        shadows = ", ".join(code(name) for name in facts.list("annotators")[:_MAX_CLIENTS])
+        shadows = ", ".join(code(name) for name in facts.items("annotators")[:_MAX_CLIENTS])
         ending += f" towards what shadows of {shadows} say in the client's words" if shadows else ""
         agreement = f"whose agreement with the TinyLM was {history[0]:.2f}" if history else "of unknown agreement"
         words.append(f"{code(facts.word('candidate') or 'unnamed')}, {agreement}, {ending}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, TypeGuard
 
 from huggingface_hub import EvalResult
 
@@ -47,9 +47,9 @@ def mapper_facts(
         [`UsageError`]: a field that the card shows is not of the type that it must have.
     """
     source, target = config.text("source_base_model"), config.text("target_base_model")
-    origin = config.object("delta_dataset").origin()
-    scores = report.object("heldout") if report.has("heldout") else heldout
-    clients = report.objects("clients")
+    origin = config.child("delta_dataset").origin()
+    scores = report.child("heldout") if report.has("heldout") else heldout
+    clients = report.children("clients")
     pgr = [value for value in (client.number("pgr") for client in clients) if value is not None]
     r2 = scores.number("r2")
     results = []
@@ -93,16 +93,16 @@ def delta_dataset_facts(repo_id: str, manifest: Fields) -> Facts:
     Raises:
         [`UsageError`]: a field that the card shows is not of the type that it must have.
     """
-    source, target = (manifest.object("roots").object(role).text("base_model") for role in ("source", "target"))
-    splits = manifest.object("splits")
-    counts = {name: splits.object(name) for name in splits.words()}
+    source, target = (manifest.child("roots").child(role).text("base_model") for role in ("source", "target"))
+    splits = manifest.child("splits")
+    counts = {name: splits.child(name) for name in splits.words()}
     rows = ["| split | shadow runs | pairs |", "|---|---:|---:|"]
     rows += [
         f"| {name} | {count.count('runs') or 0} | {count.count('pairs') or 0} |" for name, count in counts.items()
     ]
     pairs = sum(count.count("pairs") or 0 for count in counts.values())
     data_files = [{"split": name, "path": f"data/{name}-*.parquet"} for name in counts]
-    data = manifest.object("data")
+    data = manifest.child("data")
     public = data.data.get("path")
     metadata: dict[str, Any] = {
         "tags": [LIBRARY, "lora", "peft"],
@@ -111,7 +111,7 @@ def delta_dataset_facts(repo_id: str, manifest: Fields) -> Facts:
         "configs": [{"config_name": "default", "data_files": data_files}],
         **({"source_datasets": [public]} if _is_hub_id(public) else {}),
     }
-    missing = manifest.list("missing_runs")
+    missing = manifest.items("missing_runs")
     words = {
         "repo_id": repo_id,
         "source": model_name(source),
@@ -140,8 +140,8 @@ def origin_words(origin: Origin) -> str:
     return f"[`{origin.repo_id}`](https://huggingface.co/{origin.repo_id}){version}, commit `{origin.sha}`"
 
 
-def _is_hub_id(value: object) -> bool:
-    return is_repo_id(value) and "/" in str(value)
+def _is_hub_id(value: object) -> TypeGuard[str]:
+    return is_repo_id(value) and "/" in value
 
 
 def _heldout_words(scores: Fields) -> str:
@@ -163,7 +163,7 @@ def _control_scores(scores: Fields) -> dict[str, float | None]:
     """Of the controls, in either of their forms: `r2_NAME` beside the others, or by name in `controls`."""
     known = ("r2", "r2_teacher_forced", "r2_permuted_inputs", "r2_ceiling")
     flat = {name: scores.number(name) for name in scores.words() if name.startswith("r2_") and name not in known}
-    controls = scores.object("controls")
+    controls = scores.child("controls")
     return {**flat, **{name: controls.number(name) for name in controls.words()}}
 
 
@@ -185,7 +185,7 @@ def _controls_table(clients: Sequence[Fields]) -> str:
 
 
 def _score(client: Fields, name: str) -> float | None:
-    controls = client.object("controls")
+    controls = client.child("controls")
     return controls.number(name) if name in controls.data else client.number(name)
 
 
@@ -202,7 +202,7 @@ def _mapper_limits(scores: Fields, clients: Sequence[Fields]) -> str:
     elif r2 is not None and permuted is not None and permuted >= r2 / 2:
         lines.append("- With the inputs of other runs it is nearly as good: **this mapper hardly reads its input**.")
     for name in ("nearest_shadow", "ridge"):
-        pairs = [(client.number("generated"), client.object("controls").number(name)) for client in clients]
+        pairs = [(client.number("generated"), client.child("controls").number(name)) for client in clients]
         known = [(ours, theirs) for ours, theirs in pairs if ours is not None and theirs is not None]
         behind = sum(theirs >= ours for ours, theirs in known)
         if behind:

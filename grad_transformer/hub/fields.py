@@ -32,12 +32,12 @@ class Fields:
     def has(self, name: str) -> bool:
         return self.data.get(name) is not None
 
-    def object(self, name: str) -> Fields:
+    def child(self, name: str) -> Fields:
         """An object; an empty one where there is none."""
         value = self._typed(name, Mapping, "an object")
         return Fields({} if value is None else value, self._below(name))
 
-    def objects(self, name: str) -> list[Fields]:
+    def children(self, name: str) -> list[Fields]:
         """A list of objects."""
         where = self._below(name)
         items = self._typed(name, list, "a list of objects") or []
@@ -46,13 +46,13 @@ class Fields:
                 raise self._wrong(name, "a list of objects", item)
         return [Fields(item, f"{where}[{number}]") for number, item in enumerate(items)]
 
-    def list(self, name: str) -> list[Any]:
+    def items(self, name: str) -> list[Any]:
         """A list of anything."""
         return self._typed(name, list, "a list") or []
 
     def numbers(self, name: str) -> list[float]:
         """A list of finite numbers."""
-        listed = Fields({str(number): value for number, value in enumerate(self.list(name))}, self._below(name))
+        listed = Fields({str(number): value for number, value in enumerate(self.items(name))}, self._below(name))
         found = [listed.number(key) for key in listed.data]
         return [value for value in found if value is not None]
 

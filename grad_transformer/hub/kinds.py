@@ -144,7 +144,7 @@ def find_kind(folder: Path) -> RepoKind:
         )
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         path = folder / ADAPTER_METADATA_NAME
-        generated = path.is_file() and "generated" in read_json(path)
+        generated = path.is_file() and bool(read_json(path).get("generated"))
         return KINDS["generated_adapter" if generated else "client_adapter"]
     if (folder / "config.json").is_file() and read_json(folder / "config.json").get(
         "model_type"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeGuard
 from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import constants
@@ -30,7 +31,7 @@ _FILE_SUFFIXES = (
 )
 
 
-def is_repo_id(value: object) -> bool:
+def is_repo_id(value: object) -> TypeGuard[str]:
     """Whether it is an id as the Hub gives them: `name` or `account/name`."""
     return (
         isinstance(value, str)

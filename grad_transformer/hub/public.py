@@ -99,7 +99,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _check_nameless(report: Any, name: str) -> None:
     """The pictures beside it were drawn from the same report."""
-    for client in Fields(report if isinstance(report, dict) else {}, name).objects("clients"):
+    for client in Fields(report if isinstance(report, dict) else {}, name).children("clients"):
         if not _NAMELESS.fullmatch(client.text("id") or ""):
             raise UsageError(
                 "The report names its clients.",

@@ -110,7 +110,11 @@ def fetch(
     folder = folder / prefix if prefix else folder
     if not folder.is_dir():
         raise UsageError(
-            "There is no such folder in it.", path=name_or_path, found=subfolder, remedy="check `subfolder`"
+            "The repository holds none of the files that are needed.",
+            path=name_or_path,
+            expected=", ".join(patterns[:3]),
+            found=f"no folder {subfolder}" if subfolder else "other files",
+            remedy="check what kind of repository it is" + (", and `subfolder`" if subfolder else ""),
         )
     return Fetched(folder, origin)
 

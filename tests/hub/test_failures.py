@@ -180,6 +180,14 @@ def test_without_a_connection_the_cached_version_loads_with_a_warning(hub, clien
         LoraAdapter.from_pretrained("acme/other")
 
 
+def test_without_a_network_it_is_given_up_soon(naps, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://no-such-host.invalid")
+    with pytest.raises(HubError, match="if a folder was meant"):
+        fetch("acme/mistyped", allow_patterns=["*"], cache_dir=tmp_path)
+    assert naps == [1]
+
+
 def test_no_token_or_local_path_in_errors_and_logs(hub, client, naps, caplog, tmp_path):
     logging.getLogger("grad_transformer").setLevel(logging.DEBUG)
     caplog.set_level(logging.DEBUG)

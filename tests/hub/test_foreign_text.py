@@ -191,7 +191,7 @@ def test_prose_before_and_after_a_doubled_passage_stays():
         b"---\n- a\n---\nx",
         b"---\n1: x\n---\nx",
         b"---\nmodel-index: 5\nself: 1\n---\nx",
-        b"---\na: " + b"[" * 5000 + b"\n---\nx",
+        b"---\na: " + b"{a: " * 5000 + b"\n---\nx",
         b"---\na: &a [" + b"x," * 30 + b"]\nb: &b [" + b"*a," * 30 + b"]\nc: [" + b"*b," * 30 + b"]\n---\nx",
         b"---\na: " + b"x" * 70_000 + b"\n---\nx",
         b"x" * (2**20 + 1),
@@ -211,11 +211,11 @@ def test_a_card_without_metadata_or_with_a_byte_order_mark_is_kept():
 def test_fields_name_file_place_and_type():
     fields = Fields({"a": {"b": [1, "x"]}, "n": True}, "report.json")
     with pytest.raises(UsageError) as info:
-        fields.object("a").numbers("b")
+        fields.child("a").numbers("b")
     assert info.value.path == "report.json: a.b.1" and info.value.found == "'x'"
     with pytest.raises(UsageError):
         fields.number("n")
-    assert fields.count("missing") is None and fields.objects("missing") == []
+    assert fields.count("missing") is None and fields.children("missing") == []
 
 
 # Origins
