@@ -33,6 +33,12 @@ SHIFT_TENSORS_NAME = "shift.safetensors"
 
 CARD_NAME = "README.md"
 REPORT_FOLDER = "report"
+# Pictures of a report.
+PGR_FIGURE = "pgr_by_client.png"
+ACCURACY_FIGURE = "accuracy.png"
+BLOCKS_FIGURE = "blocks.png"
+TRAINING_FIGURE = "training.png"
+FIGURES = (PGR_FIGURE, ACCURACY_FIGURE, BLOCKS_FIGURE, TRAINING_FIGURE)
 # Beside a copy of a repository: which one, which version, which commit.
 ORIGIN_NAME = "hub_origin.json"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ class MapperFiles:
         repo_id: str,
         *,
         revision: str | None = None,
-        report_dir: str | Path | None = None,
+        report: Mapping[str, bytes] | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
         license: str | None = None,
@@ -138,8 +139,8 @@ class MapperFiles:
         Args:
             repo_id (`str`): created if needed.
             revision (`str`, *optional*): tag of the version. Default: `v1.0`, then `v1.1`, ...
-            report_dir (`str` or `Path`, *optional*): folder of its `report.json` and pictures, as `evaluate` wrote
-                them; clients in it go by kind and number.
+            report (`Mapping[str, bytes]`, *optional*): `report.json` and pictures without names of clients, as
+                `grad_transformer.evaluation.public` makes them of what `evaluate` wrote.
             private, token, license, commit_message: as in [`push_folder`].
             save_kwargs: as in `save_pretrained`, for instance `max_shard_size`.
 
@@ -157,7 +158,7 @@ class MapperFiles:
                 repo_id,
                 kind="mapper",
                 revision=revision,
-                report_dir=report_dir,
+                report=report,
                 private=private,
                 token=token,
                 license=license,

@@ -63,6 +63,14 @@ class OriginRecord(TypedDict):
 
 
 @_open
+class PullRecord(OriginRecord):
+    """What `pull` remembers, in the user's own cache, of a folder that it wrote."""
+
+    folder: str
+    files: dict[str, Digest]
+
+
+@_open
 class AdapterConfigRecord(TypedDict):
     """`adapter_config.json`. What peft's other fields may hold is decided by `LoraLayout`."""
 

@@ -11,13 +11,13 @@ import torch
 from transformers import T5Config
 
 from grad_transformer import GradTransformer, LoraAdapter, LoraDeltaTokenizer, LoraLayout, Root
+from grad_transformer.adapters import ShiftReference
 from grad_transformer.adapters.privacy import PrivacyStatement
 from grad_transformer.adapters.roots import fingerprint_adapter
 from grad_transformer.adapters.statistics import BlockAgreement
 from grad_transformer.constants import HELDOUT_NAME, REPORT_NAME, TRAINING_LOG_NAME
 from grad_transformer.evaluation.controls import CONTROLS
 from grad_transformer.evaluation.records import ClientReport, HeldoutScores, Report
-from grad_transformer.evaluation.shift import ShiftReference
 from grad_transformer.files import write_json_atomic
 from grad_transformer.finetuning import FineTuningRecipe, SftResult
 from grad_transformer.shadow import ShadowPlan, build_delta_dataset, plan_shadows
@@ -113,7 +113,7 @@ def write_mapper(folder: Path) -> None:
     tokenizers = [make_tokenizer(role, fitted=True) for role in ("source", "target")]
     GradTransformer.from_backbone(config, *tokenizers).save_pretrained(folder)
     deltas = 0.05 * torch.randn(12, tokenizers[0].layout.numel)
-    ShiftReference.fit(deltas[:8], deltas[8:], widths=tokenizers[0].layout.widths).save_pretrained(folder)
+    ShiftReference.fit(deltas[:8], deltas[8:], layout=tokenizers[0].layout).save_pretrained(folder)
     heldout = {"r2": 0.5, "r2_teacher_forced": 0.6, "r2_permuted_inputs": 0.0, "r2_ceiling": 0.7, "block_mse": [0.5]}
     write_json_atomic(folder / HELDOUT_NAME, {**heldout, "r2_ridge": 0.4})
     write_json_atomic(folder / TRAINING_LOG_NAME, {"log_history": [{"loss": 1.0, "step": 1}]})

@@ -19,10 +19,10 @@ import datasets
 import yaml
 
 from grad_transformer import GradTransformer, LoraAdapter
+from grad_transformer.adapters import ShiftReference
 from grad_transformer.adapters.privacy import statement_of
 from grad_transformer.constants import DELTA_DATASET_NAME
 from grad_transformer.evaluation.report import read_report
-from grad_transformer.evaluation.shift import ShiftReference
 from grad_transformer.finetuning import load_rows
 from grad_transformer.hub import push_folder
 from grad_transformer.scripts import evaluate, inspect, study

@@ -26,6 +26,9 @@ from .layout import LoraLayout
 
 __all__ = ["ADAPTER_FILES", "LoraAdapter"]
 
+# What a stranger's repository may make this machine download where the layout is not known.
+MAX_ADAPTER_BYTES = 16 * 2**30
+
 
 @dataclass
 class LoraAdapter:
@@ -71,7 +74,11 @@ class LoraAdapter:
             [`LayoutMismatchError`]: not the given layout.
             [`HubError`]: no such repository or version, no access, or no answer.
         """
-        fetched = fetch(name_or_path, allow_patterns=ADAPTER_FILES, subfolder=subfolder, **hub_kwargs)
+        # With a known layout: its values in float64, and room for the header and the JSON.
+        max_bytes = MAX_ADAPTER_BYTES if layout is None else 8 * layout.numel + 32 * 2**20
+        fetched = fetch(
+            name_or_path, allow_patterns=ADAPTER_FILES, subfolder=subfolder, max_bytes=max_bytes, **hub_kwargs
+        )
         folder = fetched.folder
         config = _read_adapter_json(folder, ADAPTER_CONFIG_NAME, AdapterConfigRecord)
         weights = member(folder, ADAPTER_WEIGHTS_NAME)
@@ -150,8 +157,8 @@ class LoraAdapter:
         Args:
             repo_id (`str`): created if needed.
             revision (`str`, *optional*): tag of the version. Default: `v1.0`, then `v1.1`, ...
-            private (`bool`, *optional*): of a new repository. Default: a client's adapter is private, a generated one
-                as the account's settings say.
+            private (`bool`, *optional*): whether the repository must be private. Default: a client's adapter only
+                goes into a private one, a generated one as the account's settings say.
             token, license, commit_message: as in [`push_folder`].
 
         Returns:

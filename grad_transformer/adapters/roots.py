@@ -173,8 +173,8 @@ class Root:
             and model_name(adapter.base_model) != model_name(self.base_model)
         ):
             logger.warning_once(
-                f"The adapter {path or ''} names {adapter.base_model[:300]!r} as its base model, and the root was made "
-                f"for {self.base_model!r}. It started from the root; whether these are one model cannot be seen."
+                f"The adapter {path or ''} names {adapter.base_model[:300]!r} as its base model, and the root was "
+                f"made for {self.base_model!r}. It started from the root; whether these are one model cannot be seen."
             )
 
     def _check_moved(self, adapter: LoraAdapter, path: str | None) -> None:

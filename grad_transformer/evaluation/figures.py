@@ -17,13 +17,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from ..adapters.io import atomic_write
 from ..adapters.statistics import BlockAgreement
+from ..constants import ACCURACY_FIGURE, BLOCKS_FIGURE, PGR_FIGURE, TRAINING_FIGURE
 from .records import KINDS, ClientReport, HeldoutScores, Report, pooled_pgr
 
-
-PGR_FIGURE = "pgr_by_client.png"
-ACCURACY_FIGURE = "accuracy.png"
-BLOCKS_FIGURE = "blocks.png"
-TRAINING_FIGURE = "training.png"
 
 _PGR_RANGE = (-60.0, 140.0)
 # Room beyond that range, on both sides, for the arrows of what lies outside.

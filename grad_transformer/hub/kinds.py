@@ -13,6 +13,7 @@ from ..constants import (
     ADAPTER_WEIGHTS_NAME,
     CARD_NAME,
     DELTA_DATASET_NAME,
+    FORMAT_VERSION,
     HELDOUT_NAME,
     ORIGIN_NAME,
     PLAN_NAME,
@@ -57,7 +58,8 @@ class RepoKind:
         repo_type (`str`): `model` or `dataset`.
         manifest (`str`): the file that carries the format version and says that the rest is whole.
         patterns (`tuple[str, ...]`): every public file.
-        private (`bool`): whether a new repository is private unless it is said otherwise.
+        private (`bool`): whether the repository must be private unless it is said otherwise.
+        required (`tuple[str, ...]`): what it is not whole without, beside the manifest.
     """
 
     name: str
@@ -65,6 +67,7 @@ class RepoKind:
     manifest: str
     patterns: tuple[str, ...]
     private: bool = False
+    required: tuple[str, ...] = ()
 
     def owns(self, name: str) -> bool:
         return any(fnmatch(name, pattern) for pattern in self.patterns)
@@ -107,8 +110,21 @@ KINDS = {
                 EVAL_RESULTS_NAME,
             ),
         ),
-        RepoKind("client_adapter", "model", ADAPTER_METADATA_NAME, (CARD_NAME, *ADAPTER_FILES), private=True),
-        RepoKind("generated_adapter", "model", ADAPTER_METADATA_NAME, (CARD_NAME, *ADAPTER_FILES)),
+        RepoKind(
+            "client_adapter",
+            "model",
+            ADAPTER_METADATA_NAME,
+            (CARD_NAME, *ADAPTER_FILES),
+            private=True,
+            required=(ADAPTER_WEIGHTS_NAME,),
+        ),
+        RepoKind(
+            "generated_adapter",
+            "model",
+            ADAPTER_METADATA_NAME,
+            (CARD_NAME, *ADAPTER_FILES),
+            required=(ADAPTER_WEIGHTS_NAME,),
+        ),
     )
 }
 # What training leaves beside a mapper to go on from: never part of it.
@@ -129,7 +145,7 @@ def find_kind(folder: Path) -> RepoKind:
         )
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         path = folder / ADAPTER_METADATA_NAME
-        generated = path.is_file() and "generated" in read_record(path, AdapterMetadataRecord)
+        generated = path.is_file() and bool(read_record(path, AdapterMetadataRecord).get("generated"))
         return KINDS["generated_adapter" if generated else "client_adapter"]
     config = folder / "config.json"
     if config.is_file() and read_record(config, ModelConfigRecord).get("model_type") == "grad_transformer":
@@ -142,22 +158,54 @@ def find_kind(folder: Path) -> RepoKind:
     )
 
 
-def files_of(folder: Path, kind: RepoKind) -> dict[str, Path]:
+def files_of(folder: Path, kind: RepoKind) -> dict[str, Path | bytes]:
     """The files of a folder that belong to its kind; checkpoints and hidden files stay behind.
 
+    A report is left out: what may be published of it is drawn anew, see [`push_folder`]. A PEFT adapter without this
+    library's metadata gets some that says no more than the format version, and what peft or a trainer left beside it
+    stays behind.
+
     Raises:
-        [`UsageError`]: a file that is never uploaded lies among them.
+        [`UsageError`]: a file that is never uploaded lies among them, or a link that leads out of the folder.
+        [`IncompleteArtifactError`]: the manifest, or a file that must be there, is missing.
     """
-    files, others = {}, []
+    files: dict[str, Path | bytes] = {}
+    others = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if not path.is_file() or name == ORIGIN_NAME:
             continue
-        if kind.owns(name):
+        if not kind.owns(name):
+            others += [] if _WORKING_STATE.search(name) else [name]
+        elif not name.startswith(f"{REPORT_FOLDER}/"):
+            _check_inside(path, folder)
             files[name] = path
-        elif not _WORKING_STATE.search(name):
-            others.append(name)
+    if ADAPTER_CONFIG_NAME in files and kind.manifest == ADAPTER_METADATA_NAME and kind.manifest not in files:
+        files[kind.manifest] = f'{{"format_version": {FORMAT_VERSION}}}\n'.encode()
+        others = []
     check_allowed(others, path=folder)
-    if kind.manifest not in files:
-        raise IncompleteArtifactError("The folder is not whole.", path=folder, expected=kind.manifest, found="no file")
+    for name in (kind.manifest, *kind.required):
+        if name not in files:
+            pickles = sorted(path.name for path in folder.glob("adapter_model*.bin"))
+            raise IncompleteArtifactError(
+                "The folder is not whole.",
+                path=folder,
+                expected=name,
+                found=", ".join(pickles[:3]) or "no file",
+                remedy="save it again with safe_serialization=True: pickles are never uploaded" if pickles else None,
+            )
     return files
+
+
+def _check_inside(path: Path, folder: Path) -> None:
+    """A snapshot of the Hub's cache has links to the blobs beside it; any other link leads to what was not meant."""
+    homes = [folder.resolve()]
+    homes += [above.parent.resolve() / "blobs" for above in (folder, *folder.parents) if above.name == "snapshots"]
+    if not any(path.resolve().is_relative_to(home) for home in homes):
+        raise UsageError(
+            "A file of the folder is a link that leads out of it.",
+            path=path,
+            expected="files of the folder",
+            found="a link",
+            remedy="copy the file into the folder, if it is to be published",
+        )

@@ -4,49 +4,52 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-from huggingface_hub import get_token
 
 from ..constants import REPORT_FOLDER, REPORT_NAME
 from ..errors import UsageError
 from ..files import parse_record, read_record
 from ..schemas import FILES, Object
+from .fields import Fields
+from .scan import find_private, find_private_in_file
 
 
-TOKEN = re.compile(rb"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")
-_ABSOLUTE = re.compile(r"^(?:/|~[/\\]|[A-Za-z]:[/\\]|\\\\|file:)")
-# Enough for the header of a safetensors file and the footer of a Parquet file, where text can hide.
-_ENDS = 2**20
-# Ids that the lab and these reports themselves give.
-_NAMELESS = re.compile(r"(seen|mixture|unseen|other|client)[-_]\d+")
-_FIGURE_WITH_NAMES = f"{REPORT_FOLDER}/pgr.png"
+# A text that is a path as a whole: of it the last part stays.
+_WHOLE_PATH = re.compile(r"(?:/|~[/\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\]|\\\\|file:)[^\n]*")
+# Relative paths look like ids of the Hub, but for their depth; these fields hold one or the other.
+_PLACE = re.compile(r"(?:path|model|file|dir|folder|data)$")
+_DEEP_PATH = re.compile(r"[\w.+@ -]+(?:[/\\][\w.+@ -]+){2,}")
+# What clients are called in a report that may be published.
+_NAMELESS = re.compile(r"(?:seen|mixture|unseen|other)-\d+")
 
 
 def public_files(files: Mapping[str, Path | bytes]) -> dict[str, Path | bytes]:
-    """The same files, with local paths in JSON cut to their last part and clients of the report without names.
+    """The same files, with local paths in JSON cut to their last part.
 
     Raises:
-        [`UsageError`]: a token or a path of this machine is left in one of them.
+        [`UsageError`]: a token, a signed address or a local path is left in one of them; a report names clients; a
+            file cannot be read.
     """
     public: dict[str, Path | bytes] = dict(files)
-    nameless = True
     for name, content in files.items():
-        if not name.endswith(".json"):
-            continue
-        data = read_public_json(name, content)
-        shown = without_paths(data)
-        if name == f"{REPORT_FOLDER}/{REPORT_NAME}":
-            shown, nameless = without_client_names(shown)
-        if shown != data:
-            public[name] = (json.dumps(shown, indent=2) + "\n").encode()
-    if not nameless:
-        # The picture names each client at its line.
-        public.pop(_FIGURE_WITH_NAMES, None)
-    check_public(public)
+        if name.endswith(".json"):
+            data = read_public_json(name, content)
+            shown = without_paths(data)
+            found = next((found for text in _texts(shown) if (found := find_private(text))), None)
+            if shown != data:
+                public[name] = (json.dumps(shown, indent=2, allow_nan=False) + "\n").encode()
+            if name == f"{REPORT_FOLDER}/{REPORT_NAME}":
+                _check_nameless(shown, name)
+        else:
+            found = find_private_in_file(name, content)
+        if found is not None:
+            raise UsageError(
+                f"{name} would publish {found}.",
+                expected="files without tokens, signed addresses and paths of this machine",
+                remedy=f"take it out of {name}, and revoke a token that was written down",
+            )
     return public
 
 
@@ -62,51 +65,35 @@ def read_public_json(name: str, content: Path | bytes) -> dict[str, Any]:
     return dict(parse_record(content, schema, path=name, error=UsageError))
 
 
-def without_paths(value: Any) -> Any:
-    """JSON with every absolute path cut to its last part: a base model keeps its name, the machine's folders go."""
+def without_paths(value: Any, *, is_place: bool = False) -> Any:
+    """JSON with every local path cut to its last part: a base model keeps its name, the machine's folders go."""
     if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items()}
+        return {key: without_paths(item, is_place=_PLACE.search(key) is not None) for key, item in value.items()}
     if isinstance(value, list):
-        return [without_paths(item) for item in value]
-    if isinstance(value, str) and _ABSOLUTE.match(value):
+        return [without_paths(item, is_place=is_place) for item in value]
+    if isinstance(value, str) and (_WHOLE_PATH.fullmatch(value) or (is_place and _DEEP_PATH.fullmatch(value))):
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     return value
 
 
-def without_client_names(report: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """A report whose clients are called by kind and number, and whether they already were."""
-    clients = report.get("clients", [])
-    if all(_NAMELESS.fullmatch(str(client["id"])) for client in clients):
-        return report, True
-    renamed = [
-        {**client, "id": f"{client['kind']}-{number}", **({"task": "other"} if client["kind"] == "other" else {})}
-        for number, client in enumerate(clients)
-    ]
-    return {**report, "clients": renamed}, False
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        yield from value
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value
 
 
-def check_public(files: Mapping[str, Path | bytes]) -> None:
-    """Raises [`UsageError`] where a file holds a token, or the home or temporary folder of this machine."""
-    token = get_token()
-    places = {str(Path.home()), tempfile.gettempdir()} - {"/", ""}
-    machine = re.compile(b"|".join(rb"(?<![\w.-])" + re.escape(f"{place}/".encode()) for place in sorted(places)))
-    for name, content in files.items():
-        ends = _both_ends(content)
-        found = "a path of this machine" if machine.search(ends) else None
-        if TOKEN.search(ends) or (token and token.encode() in ends):
-            found = "an access token"
-        if found is not None:
+def _check_nameless(report: Any, name: str) -> None:
+    """The pictures beside it were drawn from the same report."""
+    for client in Fields(report if isinstance(report, dict) else {}, name).children("clients"):
+        if not _NAMELESS.fullmatch(client.text("id") or ""):
             raise UsageError(
-                f"{name} would publish {found}.",
-                expected="files without tokens and without paths of this machine",
-                remedy=f"take it out of {name}, and revoke a token that was written down",
+                "The report names its clients.",
+                path=name,
+                expected="clients by kind and number",
+                remedy="publish what `grad_transformer.evaluation.public.public_report` makes of it",
             )
-
-
-def _both_ends(content: Path | bytes) -> bytes:
-    if isinstance(content, bytes):
-        return content
-    with open(content, "rb") as file:
-        start = file.read(_ENDS)
-        file.seek(max(len(start), content.stat().st_size - _ENDS))
-        return start + b"\0" + file.read()

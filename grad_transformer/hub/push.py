@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
-from ..constants import CARD_NAME, ORIGIN_NAME, REPORT_FOLDER, REPORT_NAME
+from ..constants import CARD_NAME, ORIGIN_NAME, REPORT_FOLDER
 from ..errors import IncompleteArtifactError, UsageError
 from ..files import atomic_write, read_record, write_json_atomic
-from ..schemas import ReportRecord
+from ..schemas import OriginRecord
 from .cards import card_files
-from .kinds import KINDS, RepoKind, files_of, find_kind
+from .hashes import file_sha256
+from .kinds import KINDS, files_of, find_kind
+from .names import split_revision
+from .origins import pull_record, record_pull
 from .public import public_files
 from .repos import Published, publish
-from .revisions import fetch, read_origin, split_revision
+from .revisions import fetch
 
 
 logger = logging.get_logger(__name__)
@@ -31,21 +35,22 @@ def push_folder(
     private: bool | None = None,
     token: str | bool | None = None,
     license: str | None = None,
-    report_dir: str | Path | None = None,
+    report: Mapping[str, bytes] | None = None,
     commit_message: str | None = None,
 ) -> Published:
     """Publish a delta dataset, a mapper, a client adapter or a generated adapter, as one commit with one tag.
 
     Args:
         folder (`str` or `Path`): what `build`, `train`, `client` or `generate` wrote.
-        repo_id (`str`): created if needed; also as `org/name@v1.0`.
+        repo_id (`str`): created if needed; also as `org/name@v1.0`, or as the address of its page.
         kind (`str`, *optional*): one of `KINDS`, checked; default: what the folder holds.
         revision (`str`, *optional*): tag of the version. Default: `v1.0`, then `v1.1`, ...
-        private (`bool`, *optional*): of a new repository. Default: client adapters are private, the rest as the
-            account's settings say.
+        private (`bool`, *optional*): whether the repository must be private. Default: client adapters only go into
+            private ones, the rest as the account's settings say. With `False` a new repository is public.
         token (`str`, *optional*): default: `HF_TOKEN`, or that of `hf auth login`.
         license (`str`, *optional*): for the card, for instance `apache-2.0`.
-        report_dir (`str` or `Path`, *optional*): for a mapper: folder of its `report.json` and pictures.
+        report (`Mapping[str, bytes]`, *optional*): for a mapper: `report.json` and pictures without names of clients,
+            as `grad_transformer.evaluation.public` makes them. What lies in a folder is never taken.
         commit_message (`str`, *optional*)
 
     Returns:
@@ -53,20 +58,25 @@ def push_folder(
 
     Raises:
         [`IncompleteArtifactError`]: the folder holds no such artifact, or not all of it.
-        [`UsageError`]: a file that is never uploaded; a tag of another version; a token or local path in a file.
+        [`UsageError`]: a file that is never uploaded; a tag of another version; a token or local path in a file; a
+            repository that everybody can see where it must be private.
         [`HubError`]: no permission, or no answer.
     """
     folder = Path(folder)
-    repo_id, named = split_revision(repo_id)
     found = find_kind(folder)
+    repo_id, named = split_revision(repo_id, repo_type=found.repo_type)
     if kind is not None and kind != found.name:
         raise UsageError("The folder holds something else.", path=folder, expected=kind, found=found.name)
-    local: dict[str, Path] = files_of(folder, found)
-    if report_dir is not None:
-        local.update(_report_files(Path(report_dir), found))
-    facts = public_files({name: path for name, path in local.items() if name != CARD_NAME})
+    local = files_of(folder, found)
+    if report is not None:
+        if found.name != "mapper":
+            raise UsageError("Only a mapper is published with a report.", path=folder, found=found.name)
+        local |= {f"{REPORT_FOLDER}/{name}": content for name, content in report.items()}
+    facts = public_files({name: content for name, content in local.items() if name != CARD_NAME})
+    unknown = [name for name in facts if not found.owns(name)]
+    assert not unknown, unknown
 
-    def make_files(previous: str | None) -> dict[str, Path | bytes]:
+    def make_files(previous: bytes | None) -> dict[str, Path | bytes]:
         return {**facts, **card_files(found, facts, repo_id=repo_id, license=license, previous=previous)}
 
     published = publish(
@@ -102,7 +112,10 @@ def pull_folder(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> tuple[Path, dict[str, Any]]:
-    """Copy a version of a repository into a folder, where `hub_origin.json` tells what it is.
+    """Copy a version of a repository into a folder, where `hub_origin.json` tells people what it is.
+
+    This machine remembers it too, as long as the files stay as they are, and what is made from the folder names the
+    version.
 
     Args:
         repo_id (`str`): also as `org/name@v1.0`.
@@ -128,7 +141,6 @@ def pull_folder(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    assert fetched.origin is not None or fetched.folder.is_dir()
     if fetched.origin is None:
         raise UsageError("This is a folder, not a repository.", path=repo_id, expected="an id such as org/name")
     if not (fetched.folder / wanted.manifest).is_file():
@@ -137,23 +149,20 @@ def pull_folder(
         )
     output = Path(output_dir)
     if output.is_dir() and any(output.iterdir()):
-        known = read_origin(output)
-        if known is None or known.repo_id != fetched.origin.repo_id:
+        known = pull_record(output)
+        if not known and (output / ORIGIN_NAME).is_file():
+            known = dict(read_record(output / ORIGIN_NAME, OriginRecord))
+        if known.get("repo_id") != fetched.origin.repo_id:
             raise UsageError("The folder holds something else.", path=output, expected="a new folder")
-        (output / ORIGIN_NAME).unlink()
-    names = [path.relative_to(fetched.folder) for path in sorted(fetched.folder.rglob("*")) if path.is_file()]
+        for name in (ORIGIN_NAME, *pull_record(output).get("files", {})):
+            (output / name).unlink(missing_ok=True)
+    names = [path.relative_to(fetched.folder).as_posix() for path in fetched.folder.rglob("*") if path.is_file()]
+    names = sorted(name for name in names if wanted.owns(name))
+    # First, so that a pull that was killed is taken up; until every file is there, none of it has an origin.
+    record_pull(output, fetched.origin, {name: file_sha256(fetched.folder / name) for name in names})
     for name in names:
-        if wanted.owns(name.as_posix()):
-            with atomic_write(output / name) as temporary:
-                shutil.copyfile(fetched.folder / name, temporary)
+        with atomic_write(output / name) as temporary:
+            shutil.copyfile(fetched.folder / name, temporary)
     origin = fetched.origin.to_dict()
-    write_json_atomic(output / ORIGIN_NAME, {**origin, "private": fetched.origin.private})
+    write_json_atomic(output / ORIGIN_NAME, origin)
     return output, origin
-
-
-def _report_files(report_dir: Path, kind: RepoKind) -> dict[str, Path]:
-    if kind.name != "mapper":
-        raise UsageError("Only a mapper is published with a report.", path=report_dir, found=kind.name)
-    read_record(report_dir / REPORT_NAME, ReportRecord)
-    paths = [report_dir / REPORT_NAME, *sorted(report_dir.glob("*.png"))]
-    return {f"{REPORT_FOLDER}/{path.name}": path for path in paths}

@@ -18,7 +18,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from ..constants import CARD_NAME
 from ..errors import HubError, UsageError
-from .revisions import file_sha256, git_blob_sha, git_file_sha
+from .hashes import file_sha256, git_blob_sha, git_file_sha
 from .transfer import MAX_TRIES, TRANSFER_ERRORS, call_hub, hub_error, status_of, wait_or_raise
 
 
@@ -69,7 +69,7 @@ def check_allowed(names: Sequence[str], *, path: str | Path | None = None) -> No
 
 def publish(
     repo_id: str,
-    make_files: Callable[[str | None], Files],
+    make_files: Callable[[bytes | None], Files],
     *,
     owned: Callable[[str], bool],
     repo_type: str = "model",
@@ -89,7 +89,7 @@ def publish(
             and go if they are not in the new one.
         repo_type (`str`, *optional*, defaults to `"model"`): or `"dataset"`.
         revision (`str`, *optional*): the version's tag. Default: `v1.0`, then `v1.1`, ...
-        private (`bool`, *optional*): of a repository that is created now.
+        private (`bool`, *optional*): whether the repository must be private; with `False` a new one is public.
         token (`str`, *optional*): default: `HF_TOKEN`, or that of `hf auth login`.
         message (`str`, *optional*): of the commit.
 
@@ -97,13 +97,24 @@ def publish(
         [`Published`]
 
     Raises:
-        [`UsageError`]: a file that is never uploaded, or a tag that names another version already.
+        [`UsageError`]: a file that is never uploaded, a tag that names another version already, or a repository that
+            everybody can see where it must be private: nothing is uploaded then.
         [`HubError`]: no permission, no answer, or what arrived is not what was sent.
     """
     api = HfApi(token=token)
     call_hub(api.create_repo, repo_id, repo_type=repo_type, private=private, exist_ok=True, about=repo_id)
     for attempt in range(1, MAX_TRIES + 1):
-        head = str(call_hub(api.repo_info, repo_id, repo_type=repo_type, about=repo_id).sha)
+        info = call_hub(api.repo_info, repo_id, repo_type=repo_type, about=repo_id)
+        if private and not info.private:
+            raise UsageError(
+                "The repository is there already, and everybody can see it.",
+                path=repo_id,
+                expected="a private repository",
+                found="a public one",
+                remedy="take another name, make it private in its settings, or, if everybody may have the files, say "
+                "so with private=False (--private false)",
+            )
+        head = str(info.sha)
         tags = _tags(api, repo_id, repo_type)
         present = list_hashes(api, repo_id, repo_type, head)
         files = make_files(_card(api, repo_id, repo_type, head) if CARD_NAME in present else None)
@@ -160,9 +171,9 @@ def list_hashes(api: HfApi, repo_id: str, repo_type: str, sha: str) -> dict[str,
     }
 
 
-def _card(api: HfApi, repo_id: str, repo_type: str, sha: str) -> str:
+def _card(api: HfApi, repo_id: str, repo_type: str, sha: str) -> bytes:
     path = call_hub(api.hf_hub_download, repo_id, CARD_NAME, repo_type=repo_type, revision=sha, about=repo_id)
-    return Path(path).read_text(encoding="utf-8")
+    return Path(path).read_bytes()
 
 
 def _tags(api: HfApi, repo_id: str, repo_type: str) -> dict[str, str]:

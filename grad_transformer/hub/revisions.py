@@ -1,11 +1,10 @@
 """From a name to files: a folder as it is, or a repository's version, resolved to its commit once and checked by hash.
 
-A version may be part of the name: `acme/mapper@v1.0`.
+A version may be part of the name: `acme/mapper@v1.0`. The address of a repository's page is a name of it too.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Sequence
@@ -14,62 +13,34 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, is_offline_mode, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import DatasetInfo, HfApi, ModelInfo, constants, is_offline_mode, snapshot_download
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
-from ..constants import ORIGIN_NAME
 from ..errors import HubError, UsageError
-from ..files import read_record, write_text_atomic
-from ..schemas import OriginRecord
-from .transfer import call_hub, cannot_connect, hub_error
+from ..files import MAX_JSON_BYTES, write_text_atomic
+from .hashes import file_sha256, git_file_sha
+from .names import check_file_names, is_commit, is_repo_id, is_revision, looks_like_path, split_revision
+from .origins import Origin, pulled_origin
+from .transfer import call_hub, cannot_connect
 
 
 logger = logging.get_logger(__name__)
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 # What `publish` names versions. A branch may move, these may not.
 VERSION_TAG = re.compile(r"v\d+(\.\d+)*")
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where on the Hub something came from.
-
-    Args:
-        repo_id (`str`): repository.
-        revision (`str` or `None`): the tag or branch that was asked for; `None`: the default branch.
-        sha (`str`): the commit that it was at.
-        private (`bool` or `None`): whether the repository was private; `None` where it was not asked (offline).
-    """
-
-    repo_id: str
-    revision: str | None
-    sha: str
-    private: bool | None = None
-
-    def to_dict(self) -> dict[str, str | None]:
-        """What is written into everything that is made from it."""
-        return {"repo_id": self.repo_id, "revision": self.revision, "sha": self.sha}
+# What a repository may make this machine download, where the caller knows no better.
+MAX_BYTES = {"model": 64 * 2**30, "dataset": 2**40}
+MAX_FILES = 100_000
+_TEXT_SUFFIXES = (".json", ".md", ".yaml")
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """Files on this machine, and where on the Hub they came from (`None`: a local folder that nobody pulled)."""
+    """Files on this machine, and where on the Hub they came from (`None`: a local folder that was not pulled here)."""
 
     folder: Path
     origin: Origin | None
-
-
-def split_revision(name: str | Path) -> tuple[str, str | None]:
-    """`"org/a@v1"` to `("org/a", "v1")`; a name without `@`, or an existing folder, has no revision."""
-    text = str(name)
-    if "@" not in text or Path(text).exists():
-        return text, None
-    repo_id, _, revision = text.partition("@")
-    return repo_id, revision or None
 
 
 def fetch(
@@ -82,46 +53,45 @@ def fetch(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    max_bytes: int | None = None,
 ) -> Fetched:
     """A local folder as it is, or the snapshot of a Hub repository (only files that match `allow_patterns`).
 
     The revision is resolved to a commit once; every file comes from that commit and is checked against the hash that
-    the Hub names it by, also when it comes from the cache.
+    the Hub names it by, also when it comes from the cache. Names and sizes are checked before anything is downloaded.
 
     Args:
-        name_or_path (`str` or `Path`): a folder, or a repository id, also as `org/name@revision`.
+        name_or_path (`str` or `Path`): a folder, or a repository id, also as `org/name@revision` or as the address of
+            its page.
         allow_patterns (`Sequence[str]`): file names below `subfolder` that may be downloaded.
         subfolder (`str`, *optional*): folder below it.
         revision (`str`, *optional*): tag, branch or commit.
         repo_type (`str`, *optional*, defaults to `"model"`): or `"dataset"`.
         token, cache_dir, local_files_only: as in `huggingface_hub.snapshot_download`; without `token` the one from
             `HF_TOKEN` or `hf auth login` is used.
+        max_bytes (`int`, *optional*): of all files together. Default: 64 GiB of a model, 1 TiB of a dataset.
 
     Raises:
-        [`HubError`]: no such repository or version, no access, no answer; a file or a version tag that changed.
+        [`HubError`]: no such repository or version, no access, no answer; a file or a version tag that changed; files
+            with unsafe names, or too large.
         [`UsageError`]: two revisions, or no such folder in it.
     """
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     if ".." in Path(prefix).parts:
         raise UsageError("`subfolder` leads out of the repository.", expected="a folder below it", found=subfolder)
+    patterns = [prefix + pattern for pattern in allow_patterns]
     folder, origin = Path(name_or_path), None
     if folder.is_dir():
-        origin = read_origin(folder)
+        origin = pulled_origin(folder, patterns)
     else:
-        repo_id, named = split_revision(name_or_path)
+        repo_id, named = split_revision(name_or_path, repo_type=repo_type)
         if named is not None and revision is not None and named != revision:
             raise UsageError("Two revisions are given.", path=repo_id, expected="one", found=f"{named} and {revision}")
         _check_repo_id(repo_id)
-        patterns = [prefix + pattern for pattern in allow_patterns]
         cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
-        origin = resolve(
-            repo_id,
-            revision=revision or named,
-            repo_type=repo_type,
-            token=token,
-            cache_dir=cache,
-            local_files_only=local_files_only,
-        )
+        origin, info = _resolve(repo_id, revision or named, repo_type, token, cache, local_files_only)
+        if info is not None:
+            _check_listing(info, patterns, repo_id, max_bytes or MAX_BYTES[repo_type])
         folder = Path(
             call_hub(
                 snapshot_download,
@@ -130,7 +100,8 @@ def fetch(
                 revision=origin.sha,
                 token=token,
                 cache_dir=cache,
-                local_files_only=local_files_only,
+                # Without a listing nothing new is downloaded: what is cached was checked when it came.
+                local_files_only=local_files_only or info is None,
                 allow_patterns=patterns,
                 about=repo_id,
             )
@@ -139,27 +110,13 @@ def fetch(
     folder = folder / prefix if prefix else folder
     if not folder.is_dir():
         raise UsageError(
-            "There is no such folder in it.", path=name_or_path, found=subfolder, remedy="check `subfolder`"
+            "The repository holds none of the files that are needed.",
+            path=name_or_path,
+            expected=", ".join(patterns[:3]),
+            found=f"no folder {subfolder}" if subfolder else "other files",
+            remedy="check what kind of repository it is" + (", and `subfolder`" if subfolder else ""),
         )
     return Fetched(folder, origin)
-
-
-def _check_repo_id(repo_id: str) -> None:
-    """Refuse what is plainly a path before the Hub is asked for it."""
-    path = Path(repo_id)
-    beside = str(path.parent) != "." and path.parent.is_dir()
-    if path.is_file() or beside:
-        raise UsageError(
-            "Neither a folder nor a Hub repository that can be reached.",
-            path=repo_id,
-            expected="an existing folder, or the id of a repository on the Hub",
-            found="a file" if path.is_file() else f"no such entry in {path.parent}",
-            remedy="check the spelling",
-        )
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise hub_error(error, repo_id) from error
 
 
 def resolve_folder(name_or_path: str | Path, *, allow_patterns: Sequence[str], **kwargs: Any) -> Path:
@@ -180,76 +137,113 @@ def resolve(
 
     Raises:
         [`HubError`]: it cannot be found or reached, or a version tag was moved since it was last resolved here.
+        [`UsageError`]: an id or a revision that can be none.
     """
-    if revision is not None and _COMMIT.fullmatch(revision):
-        return Origin(repo_id, revision, revision)
-    api = HfApi(token=token)
-    known = None
-    # An id that is none must not become a path in the cache.
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id) and ".." not in (revision or ""):
-        cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
-        folder = cache / repo_folder_name(repo_id=repo_id, repo_type=repo_type)
-        reference = folder / "refs" / (revision or constants.DEFAULT_REVISION)
-        known = reference.read_text().strip() if reference.is_file() else None
-    if known is not None and (local_files_only or is_offline_mode()):
-        return Origin(repo_id, revision, known)
-    if local_files_only:
-        raise HubError(
-            "The repository's version is not in the cache.",
+    _check_repo_id(repo_id)
+    cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+    return _resolve(repo_id, revision, repo_type, token, cache, local_files_only)[0]
+
+
+def _resolve(
+    repo_id: str,
+    revision: str | None,
+    repo_type: str,
+    token: str | bool | None,
+    cache: Path,
+    local_files_only: bool,
+) -> tuple[Origin, ModelInfo | DatasetInfo | None]:
+    """The commit, and what the Hub says of it; `None` where it was not asked, or could not be reached."""
+    if revision is not None and not is_revision(revision):
+        raise UsageError(
+            "This can be no version of a repository.",
             path=repo_id,
-            expected=f"a download of {revision or 'the default branch'}",
-            found="local_files_only",
-            remedy="load it once with the network",
+            expected="a tag, a branch or a commit",
+            found=ascii(revision[:120]),
         )
+    # Offline a tag names what it named when it was last resolved; a commit names itself.
+    reference = cache / repo_folder_name(repo_id=repo_id, repo_type=repo_type) / "refs"
+    reference = reference / (revision or constants.DEFAULT_REVISION)
+    known = revision if is_commit(revision) else _cached_commit(reference)
+    if local_files_only or is_offline_mode():
+        if known is None:
+            raise HubError(
+                "The repository's version is not in the cache.",
+                path=repo_id,
+                expected=f"a download of {revision or 'the default branch'}",
+                found="local_files_only" if local_files_only else "HF_HUB_OFFLINE",
+                remedy="load it once with the network; a folder's path is checked for its spelling",
+            )
+        return Origin(repo_id, revision, known), None
     try:
-        info = call_hub(api.repo_info, repo_id, repo_type=repo_type, revision=revision, about=repo_id)
+        info = call_hub(
+            HfApi(token=token).repo_info,
+            repo_id,
+            repo_type=repo_type,
+            revision=revision,
+            files_metadata=True,
+            about=repo_id,
+        )
     except HubError as error:
         if known is None or error.__cause__ is None or not cannot_connect(error.__cause__):
             raise
         logger.warning("The Hub cannot be reached: the version that was cached last is used.")
-        return Origin(repo_id, revision, known)
-    sha = str(info.sha)
-    if known not in (None, sha) and revision is not None and VERSION_TAG.fullmatch(revision):
+        return Origin(repo_id, revision, known), None
+    origin = Origin(repo_id, revision, str(info.sha), private=bool(info.private or info.gated))
+    if (
+        known not in (None, origin.sha)
+        and revision is not None
+        and (VERSION_TAG.fullmatch(revision) or is_commit(revision))
+    ):
         raise HubError(
             "A version changed: its tag was moved since it was loaded here.",
             path=f"{repo_id}@{revision}",
             expected=known,
-            found=sha,
+            found=origin.sha,
             remedy="ask its owner; load either commit by its sha, or accept the new one by deleting the cached "
             "repository (`hf cache rm`)",
         )
-    if known != sha:
-        write_text_atomic(reference, sha)
-    return Origin(repo_id, revision, sha, private=bool(info.private or info.gated))
+    if known != origin.sha:
+        write_text_atomic(reference, origin.sha)
+    return origin, info
 
 
-def read_origin(folder: Path) -> Origin | None:
-    """Where a pulled folder came from."""
-    path = folder / ORIGIN_NAME
-    if not path.is_file():
-        return None
-    data = read_record(path, OriginRecord)
-    return Origin(data["repo_id"], data.get("revision"), data["sha"], data.get("private"))
+def _cached_commit(reference: Path) -> str | None:
+    text = reference.read_text(encoding="utf-8", errors="replace").strip() if reference.is_file() else ""
+    return text if is_commit(text) else None
 
 
-def git_blob_sha(content: bytes) -> str:
-    """The name that git, and so the Hub, gives to a small file."""
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+def _check_repo_id(repo_id: str) -> None:
+    """Refuse what is plainly a path, or no id, before the Hub is asked for it."""
+    path = Path(repo_id)
+    if looks_like_path(repo_id) or not is_repo_id(repo_id):
+        raise UsageError(
+            "Neither a folder nor a Hub repository that can be reached.",
+            path=repo_id,
+            expected="an existing folder, or the id of a repository on the Hub (org/name)",
+            found="a file" if path.is_file() else f"no such entry in {path.parent}",
+            remedy="check the spelling",
+        )
 
 
-def git_file_sha(path: Path) -> str:
-    return _digest(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False))
-
-
-def file_sha256(path: Path) -> str:
-    return _digest(path, hashlib.sha256())
-
-
-def _digest(path: Path, digest: Any) -> str:
-    with open(path, "rb") as file:
-        for chunk in iter(lambda: file.read(2**20), b""):
-            digest.update(chunk)
-    return str(digest.hexdigest())
+def _check_listing(info: ModelInfo | DatasetInfo, patterns: Sequence[str], repo_id: str, max_bytes: int) -> None:
+    """Refuse a repository whose files have unsafe names or sizes, before one of them is downloaded."""
+    wanted = {
+        file.rfilename: file.size or 0
+        for file in info.siblings or ()
+        if any(fnmatch(file.rfilename, pattern) for pattern in patterns)
+    }
+    check_file_names(wanted, path=repo_id)
+    long_texts = {name for name, size in wanted.items() if name.endswith(_TEXT_SUFFIXES) and size > MAX_JSON_BYTES}
+    total = sum(wanted.values())
+    if total > max_bytes or long_texts or len(wanted) > MAX_FILES:
+        raise HubError(
+            "The repository is larger than what may be downloaded unasked.",
+            path=repo_id,
+            expected=f"at most {max_bytes:,} bytes in {MAX_FILES:,} files; {MAX_JSON_BYTES:,} bytes in a file of text",
+            found=f"{total:,} bytes in {len(wanted):,} files"
+            + "".join(f"; {name} has {wanted[name]:,}" for name in sorted(long_texts)[:1]),
+            remedy="if you trust its owner, download it with `hf download` and give the folder",
+        )
 
 
 def _check_hashes(folder: Path, patterns: Sequence[str], repo_id: str) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -38,6 +39,8 @@ BUSY = (408, 425, 429, 500, 502, 503, 504)
 MAX_TRIES = 6
 # A connection that cannot be made is seldom there a moment later.
 MAX_CONNECTION_TRIES = 3
+# A host whose name is not known is one that a machine without the network asks for.
+MAX_NAME_TRIES = 2
 MAX_WAIT_SECONDS = 600.0
 
 _RATELIMIT = re.compile(r"r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")
@@ -92,20 +95,23 @@ def cannot_connect(error: BaseException) -> bool:
 
 
 def _http_cause(error: BaseException) -> BaseException:
+    return next((cause for cause in _causes(error) if isinstance(cause, HTTPError)), error)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
     current: BaseException | None = error
-    seen = 0
-    while current is not None and seen < 10:
-        if isinstance(current, HTTPError):
-            return current
-        current, seen = current.__cause__ or current.__context__, seen + 1
-    return error
+    for _ in range(20):
+        if current is not None:
+            yield current
+            current = current.__cause__ or current.__context__
 
 
 def _seconds_to_wait(error: BaseException, tries: int) -> float | None:
     """None where trying again does not help."""
     status = status_of(error)
     if status is None:
-        again = cannot_connect(error) and tries < MAX_CONNECTION_TRIES
+        most = MAX_NAME_TRIES if any(isinstance(cause, socket.gaierror) for cause in _causes(error)) else None
+        again = cannot_connect(error) and tries < (most or MAX_CONNECTION_TRIES)
         return 2.0 ** (tries - 1) if again else None
     if status not in BUSY or tries >= MAX_TRIES:
         return None
@@ -164,7 +170,10 @@ def hub_error(error: BaseException, about: str | Path) -> HubError:
         remedy = "run it again: what was transferred is kept; check the space on the disk"
     else:
         message, expected = "The Hub cannot be reached.", "an answer"
-        remedy = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE; cached versions load with local_files_only"
+        remedy = (
+            "check the network, HF_ENDPOINT and HF_HUB_OFFLINE, and the spelling if a folder was meant; cached "
+            "versions load with local_files_only"
+        )
     return HubError(message, path=about, expected=expected, found=_found(cause, status), remedy=remedy)
 
 

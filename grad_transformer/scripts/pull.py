@@ -5,8 +5,9 @@
     grad-transformer pull acme/qwen2.5-3b-to-7b-deltas --kind delta_dataset --output_dir deltas
     grad-transformer pull bank-a/tinylm-adapter --kind client_adapter --output_dir bank-a
 
-The folder remembers which commit it is (hub_origin.json), and so does what is made from it. All commands also take
-repository ids directly: a pull is for machines without the network, and for looking inside.
+hub_origin.json in the folder tells people which commit it is. This machine remembers it as long as the files are not
+changed, and what is made from them here names the commit. All commands also take repository ids directly: a pull is
+for machines without the network, and for looking inside.
 """
 
 from __future__ import annotations

@@ -19,7 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from grad_transformer import push_delta_dataset, push_folder
+from grad_transformer.constants import FIGURES
 from grad_transformer.errors import UsageError
+from grad_transformer.evaluation.public import public_report
+from grad_transformer.evaluation.report import Report, write_report
 from grad_transformer.files import write_json_atomic
 from grad_transformer.hub.cards import card_files, merge_text
 from grad_transformer.hub.kinds import KINDS
@@ -45,7 +48,8 @@ def facts(report=None, **config):
     base = {"model_type": "grad_transformer", "source_base_model": "org/tiny", "target_base_model": "org/large"}
     files = {"config.json": json.dumps({**base, **config}).encode(), "heldout.json": json.dumps(HELDOUT).encode()}
     if report is not None:
-        files |= {"report/report.json": json.dumps(report).encode(), "report/pgr.png": b"", "report/blocks.png": b""}
+        pictures = dict.fromkeys((f"report/{name}" for name in FIGURES), b"")
+        files |= {"report/report.json": json.dumps(report).encode(), **pictures}
     return files
 
 
@@ -80,7 +84,7 @@ def test_the_card_of_a_mapper_shows_controls_picture_and_limits(no_network):
     text = card_files(KINDS["mapper"], files, repo_id="acme/mapper")["README.md"].decode()
     assert "| control: nearest shadow | 0.900 | 0.900 |" in text
     assert "| **PGR of the generated adapter** | 60 % | -60 % |" in text
-    assert "![pgr](report/pgr.png)" in text and "blocks.png" not in text
+    assert "![pgr by client](report/pgr_by_client.png)" in text and "blocks.png" not in text
     assert "For 2 of 2 clients nearest shadow does as well or better" in text
     assert 'GradTransformer.from_pretrained("acme/mapper")' in text
 
@@ -107,12 +111,12 @@ def test_what_people_wrote_survives_the_next_push():
     )
     edited = edited.replace("Clients\nfine-tune the small model", "Clients (of ours) fine-tune the small model")
     files = facts(report(client_report("seen-0")))
-    second = card_files(KINDS["mapper"], files, repo_id="acme/mapper", previous=edited)["README.md"].decode()
+    second = card_files(KINDS["mapper"], files, repo_id="acme/mapper", previous=edited.encode())["README.md"].decode()
     assert "Written by a person\n\nKept." in second and "Clients (of ours)" in second
     assert "0.900" in second and "No client was scored" not in second, "facts are renewed"
     data = ModelCard(second).data.to_dict()
     assert (data["language"], data["license"]) == ("de", "mit") and {"finance", "lora"} <= set(data["tags"])
-    third = card_files(KINDS["mapper"], files, repo_id="acme/mapper", previous=second)["README.md"].decode()
+    third = card_files(KINDS["mapper"], files, repo_id="acme/mapper", previous=second.encode())["README.md"].decode()
     assert third == second
 
 
@@ -124,7 +128,7 @@ def test_passages_that_a_card_never_had_come_at_its_end():
 
 def test_a_card_that_cannot_be_read_is_an_error():
     with pytest.raises(UsageError, match="metadata cannot be read"):
-        card_files(KINDS["mapper"], facts(), repo_id="acme/mapper", previous="---\n- a\n- b\n---\n")
+        card_files(KINDS["mapper"], facts(), repo_id="acme/mapper", previous=b"---\n- a\n- b\n---\n")
 
 
 def test_the_card_of_a_client_says_what_the_client_allows():
@@ -133,7 +137,7 @@ def test_the_card_of_a_client_says_what_the_client_allows():
         ({}, "Their number is not stated"),
         ({"num_examples": 300}, "300 examples"),
         ({"differential_privacy": None}, "**without differential privacy**"),
-        ({"differential_privacy": {"statement": "Epsilon is 8.", "not_covered": ["A tail."]}}, "Not covered: A tail."),
+        ({"differential_privacy": {"epsilon": 8.0, "delta": 1e-5}}, "epsilon 8 and delta 1e-05"),
     ):
         metadata = {"grad_transformer.json": json.dumps({**base, **more}).encode()}
         files = {"adapter_config.json": json.dumps(config).encode(), **metadata}
@@ -153,12 +157,11 @@ def published(hub, tmp_path):
     write_json_atomic(tmp_path / "mapper" / "training_log.json", {"log_history": []})
     write_json_atomic(tmp_path / "mapper" / "shift.json", {"format_version": 1})
     save_file({"mean": torch.zeros(1)}, tmp_path / "mapper" / "shift.safetensors")
-    write_json_atomic(tmp_path / "report" / "report.json", report(client_report("Bank of Somewhere")))
-    for name in ("pgr.png", "accuracy.png"):
-        (tmp_path / "report" / name).write_bytes(b"\x89PNG")
-    (tmp_path / "report" / "report.md").write_text("Bank of Somewhere")
+    told = report(client_report("Bank of Somewhere"))
+    told |= {"preset": "own", "seed": 0, "wall_seconds": {}, "delta_reproducibility": {"tinylm": None, "llm": None}}
+    write_report(Report.from_dict(told), tmp_path / "report")
     push_delta_dataset(delta_dataset(tmp_path / "deltas", roots), "acme/delta_dataset")
-    push_folder(tmp_path / "mapper", "acme/mapper", report_dir=tmp_path / "report")
+    push_folder(tmp_path / "mapper", "acme/mapper", report=public_report(tmp_path / "report"))
     client = client_adapter(roots[0])
     client.push_to_hub("acme/client_adapter")
     mapper.generate_adapter(client).push_to_hub("acme/generated_adapter")

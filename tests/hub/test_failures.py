@@ -22,7 +22,7 @@ from huggingface_hub import HfApi
 from grad_transformer import LoraAdapter
 from grad_transformer.errors import HubError
 from grad_transformer.hub import fetch, publish
-from grad_transformer.hub.revisions import file_sha256
+from grad_transformer.hub.hashes import file_sha256
 from tests.hub.conftest import PROVIDER, TOKENS
 from tests.hub.killed import push_in_a_process
 from tests.hub.worlds import client_adapter, tiny_roots
@@ -178,6 +178,14 @@ def test_without_a_connection_the_cached_version_loads_with_a_warning(hub, clien
     assert LoraAdapter.from_pretrained("acme/client@v1.0").origin.sha == published.sha
     with pytest.raises(HubError, match="cannot be reached"):
         LoraAdapter.from_pretrained("acme/other")
+
+
+def test_without_a_network_it_is_given_up_soon(naps, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://no-such-host.invalid")
+    with pytest.raises(HubError, match="if a folder was meant"):
+        fetch("acme/mistyped", allow_patterns=["*"], cache_dir=tmp_path)
+    assert naps == [1]
 
 
 def test_no_token_or_local_path_in_errors_and_logs(hub, client, naps, caplog, tmp_path):

@@ -41,7 +41,7 @@ def client_adapter(root: Root, *, seed: int = 1) -> LoraAdapter:
 
 def delta_dataset(folder: Path, roots: tuple[Root, Root], *, runs: int = 6) -> Path:
     """The folder that `build` writes, with random deltas."""
-    from grad_transformer.hub.revisions import file_sha256
+    from grad_transformer.hub.hashes import file_sha256
 
     sides = dict(zip(("source", "target"), roots, strict=True))
     features = datasets.Features(
