@@ -176,7 +176,7 @@ def check_schema(data: Any, schema: type[T]) -> T:
     Raises:
         [`DocumentError`]: names the first field that is missing, of another type, or out of its range.
     """
-    adapter = _adapter(schema)
+    adapter = _adapter(cast(Any, schema))
     try:
         if dataclasses.is_dataclass(schema):
             # Strict dataclasses are built from JSON alone, where a list may stand for a tuple.
@@ -259,7 +259,7 @@ def _build(events: Iterator[Any], max_nodes: int) -> Any:
 
     for event in events:
         if isinstance(event, yaml.AliasEvent):
-            raise DocumentError(f"it uses the alias *{event.anchor[:40]}: write the value out")
+            raise DocumentError(f"it uses the alias *{str(event.anchor)[:40]}: write the value out")
         if isinstance(event, yaml.DocumentStartEvent) and document:
             raise DocumentError("it holds more than one document")
         if isinstance(event, yaml.CollectionEndEvent):
@@ -269,8 +269,9 @@ def _build(events: Iterator[Any], max_nodes: int) -> Any:
         count += 1
         if count > max_nodes or len(open_) > MAX_DEPTH:
             raise DocumentError(f"it has more than {max_nodes:,} values, or more than {MAX_DEPTH} levels")
-        if event.anchor is not None or event.tag not in (None, "!", f"{_TAG}str"):
-            raise DocumentError(f"it uses the anchor or tag {str(event.anchor or event.tag)[:40]!r}")
+        tag = getattr(event, "tag", None)
+        if event.anchor is not None or tag not in (None, "!", f"{_TAG}str"):
+            raise DocumentError(f"it uses the anchor or tag {str(event.anchor or tag)[:40]!r}")
         if isinstance(event, yaml.ScalarEvent):
             is_key = isinstance(open_[-1][0], dict) and open_[-1][1] is None
             add(_Scalar(event.value) if is_key else _scalar(event))

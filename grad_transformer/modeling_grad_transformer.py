@@ -417,7 +417,7 @@ class GradTransformer(MapperFiles, PreTrainedModel):
             "num_counted": len(counted),
             "clients": [public_identity(client) for client, _ in checked],
             "checks": [check.to_dict() for check in checks],
-            "shift": None if None in shifts else [shift.to_dict() for shift in shifts],
+            "shift": None if None in shifts else [shift.to_dict() for shift in shifts if shift is not None],
             "order": order,
             **facts,
         }

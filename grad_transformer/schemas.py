@@ -360,6 +360,16 @@ class AccountingRecord(TypedDict):
     """Noise, sampling rate and steps of each stretch of a private fine-tune, beside its checkpoint."""
 
     history: list[Annotated[list[Number], Field(min_length=3, max_length=3)]]
+    sizes: dict[str, Count]
+
+
+@_open
+class PrivateRunRecord(TypedDict):
+    """`run.json` of a private fine-tune's checkpoints: whose they are, by keyed hashes."""
+
+    key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    identity: dict[str, Digest]
+    spent_before: dict[str, Annotated[list[Number], Field(min_length=2, max_length=2)]]
 
 
 @_open

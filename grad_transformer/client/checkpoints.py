@@ -17,7 +17,8 @@ from typing import Any
 
 from ..constants import FORMAT_VERSION
 from ..errors import IncompleteArtifactError, UsageError
-from ..files import read_json, write_json_atomic
+from ..files import read_record, write_json_atomic
+from ..schemas import AccountingRecord, PrivateRunRecord
 
 
 RUN_NAME = "run.json"
@@ -63,7 +64,7 @@ def claim_folder(
                 remedy="choose an empty folder",
             )
         key = secrets.token_hex(32)
-        run = {
+        run: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "key": key,
             "identity": _keyed(identity, key),
@@ -71,13 +72,10 @@ def claim_folder(
         }
         write_json_atomic(path, run)
         return spent
-    run = read_json(path)
-    try:
-        found, expected = run["identity"], _keyed(identity, run["key"])
-        before = {name: (float(epsilon), float(delta)) for name, (epsilon, delta) in run["spent_before"].items()}
-        differing = sorted(name for name in expected if not hmac.compare_digest(found.get(name, ""), expected[name]))
-    except (KeyError, TypeError, ValueError, AttributeError) as cause:
-        raise IncompleteArtifactError(f"{RUN_NAME} cannot be read.", path=path, found=repr(cause)) from cause
+    run = dict(read_record(path, PrivateRunRecord))
+    found, expected = run["identity"], _keyed(identity, run["key"])
+    before = {name: (epsilon, delta) for name, (epsilon, delta) in run["spent_before"].items()}
+    differing = sorted(name for name in expected if not hmac.compare_digest(found.get(name, ""), expected[name]))
     if differing:
         raise UsageError(
             "The checkpoints are those of another fine-tune.",
@@ -107,14 +105,14 @@ def read_history(checkpoint: str | Path) -> list[tuple[float, float, int]]:
         [`IncompleteArtifactError`]: the checkpoint is not whole, or does not say it.
     """
     path = Path(checkpoint) / MANIFEST_NAME
-    manifest = read_json(path)
-    try:
-        for name, size in manifest["sizes"].items():
-            if (path.parent / name).stat().st_size != size:
-                raise ValueError(f"{name} has another size")
-        return [(float(noise), float(rate), int(steps)) for noise, rate, steps in manifest["history"]]
-    except (KeyError, TypeError, ValueError, AttributeError, OSError) as cause:
-        raise IncompleteArtifactError("The checkpoint is not whole.", path=path, found=cause) from cause
+    manifest = read_record(path, AccountingRecord)
+    for name, size in manifest["sizes"].items():
+        part = path.parent / name
+        if not part.is_file() or part.stat().st_size != size:
+            raise IncompleteArtifactError(
+                "The checkpoint is not whole.", path=part, expected=f"{size} bytes", found="another size, or no file"
+            )
+    return [(noise, rate, int(steps)) for noise, rate, steps in manifest["history"]]
 
 
 def last_whole(folder: str | Path) -> str | None:

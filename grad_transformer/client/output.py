@@ -16,7 +16,8 @@ from ..adapters import LoraAdapter
 from ..adapters.privacy import statement_of
 from ..constants import ADAPTER_CONFIG_NAME, ADAPTER_METADATA_NAME, ADAPTER_WEIGHTS_NAME, CARD_NAME, ORIGIN_NAME
 from ..errors import AdapterFormatError, UsageError
-from ..files import read_json
+from ..files import read_record
+from ..schemas import AdapterMetadataRecord
 
 
 _OWN_FILES = {ADAPTER_CONFIG_NAME, ADAPTER_METADATA_NAME, ADAPTER_WEIGHTS_NAME, CARD_NAME, ORIGIN_NAME}
@@ -71,7 +72,9 @@ def _check_contents(folder: Path) -> None:
     others = sorted(path.name for path in folder.iterdir() if path.name not in _OWN_FILES and path.name[0] != ".")
     generated = False
     if not others and (folder / ADAPTER_METADATA_NAME).is_file():
-        generated = "generated" in read_json(folder / ADAPTER_METADATA_NAME, error=AdapterFormatError)
+        generated = "generated" in read_record(
+            folder / ADAPTER_METADATA_NAME, AdapterMetadataRecord, error=AdapterFormatError
+        )
     if others or generated:
         raise UsageError(
             "The output folder holds something else.",
@@ -91,7 +94,7 @@ def spent_before(output_dir: str | Path) -> tuple[float, float]:
     path = Path(output_dir) / ADAPTER_METADATA_NAME
     if not path.is_file():
         return 0.0, 0.0
-    statement = statement_of(read_json(path, error=AdapterFormatError), path=str(path))
+    statement = statement_of(read_record(path, AdapterMetadataRecord, error=AdapterFormatError), path=str(path))
     return (0.0, 0.0) if statement is None else (statement.epsilon, statement.delta)
 
 

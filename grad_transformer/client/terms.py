@@ -120,6 +120,7 @@ class ClientTerms:
             ),
         ]
         if self.earlier[0]:
+            assert noise.epsilon is not None
             total = noise.epsilon + self.earlier[0], self.privacy.delta + self.earlier[1]
             lines.append(
                 (

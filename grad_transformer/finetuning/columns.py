@@ -169,7 +169,7 @@ def message_text(message: Mapping[str, Any]) -> str:
             expected='text, or parts {"type": "text", "text": ...}',
             found=f"{_SHORT.repr(content)} ({type(content).__name__})",
         )
-    return "" if content is None else "".join(texts)
+    return "" if content is None else "".join(map(str, texts))
 
 
 def _is_text_part(part: Mapping[str, Any]) -> bool:

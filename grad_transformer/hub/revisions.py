@@ -204,6 +204,7 @@ def _resolve(
         )
     if known != origin.sha:
         write_text_atomic(reference, origin.sha)
+    assert isinstance(info, ModelInfo | DatasetInfo)
     return origin, info
 
 

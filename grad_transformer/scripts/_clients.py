@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging
 
@@ -47,7 +48,7 @@ def read_clients(path: str | Path) -> list[dict[str, str]]:
 def read_cases(
     clients: Sequence[Mapping[str, str]],
     mapper: GradTransformer,
-    columns: Mapping[str, str | None],
+    columns: Mapping[str, Any],
     *,
     source_model: str | None = None,
     target_model: str | None = None,
@@ -96,5 +97,5 @@ def read_cases(
 def _ceiling(path: str, mapper: GradTransformer) -> LoraAdapter:
     root = mapper.tokenizers()[1].root
     adapter = LoraAdapter.from_pretrained(path, layout=root.layout)
-    adapter.check_base_model(root.base_model, path=path)
+    root.check_descends(adapter, path=path)
     return adapter

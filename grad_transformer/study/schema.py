@@ -195,9 +195,7 @@ def check_study(spec: StudySpec) -> StudySpec:
     for role in ("tinylms", "llms"):
         check_record(data[role], dict[str, kind], error=UsageError)  # type: ignore[valid-type]
     for own in ("tinylm_recipe", "llm_recipe"):
-        FineTuningRecipe.from_dict(
-            {**study["recipe"], **study[own], "snapshot_last": study["shadows"]["checkpoints"]}  # type: ignore[literal-required]
-        )
+        FineTuningRecipe.from_dict({**study["recipe"], **study[own], "snapshot_last": study["shadows"]["checkpoints"]})
     _check_arguments("mapper", study["mapper"], MapperArguments)
     _check_arguments("refinement", study["refinement"], RefinementArguments)
     shadows = study["shadows"]
@@ -208,7 +206,8 @@ def check_study(spec: StudySpec) -> StudySpec:
             expected="held-out fractions below 1 together, and pairs_per_run up to checkpoints",
             found=f"{held_out}, {shadows['pairs_per_run']} of {shadows['checkpoints']}",
         )
-    return StudySpec(**study)
+    fields_of_study: dict[str, Any] = dict(study)
+    return StudySpec(**fields_of_study)
 
 
 def _check_arguments(name: str, given: Mapping[str, Any], kind: type) -> None:

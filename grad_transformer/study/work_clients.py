@@ -82,7 +82,7 @@ def private_clients(stage: Stage, study_dir: Path, folder: Path) -> dict[str, An
         # What the same noise would spend if nobody knew it.
         spent.append(plan_noise(privacy, len(rows.train), recipe.max_steps).epsilon)
     _save_deltas(folder, start, deltas)
-    return {"clients": len(deltas), "epsilon": max(spent)}
+    return {"clients": len(deltas), "epsilon": max(each for each in spent if each is not None)}
 
 
 def labels(stage: Stage, study_dir: Path, folder: Path) -> dict[str, Any]:
