@@ -1,7 +1,7 @@
 """`grad-transformer <command>`: finds the command's script, runs it, and turns what happens into output and exit code.
 
-Exit codes: 0 done; 1 a bug, with its traceback; 2 something in the call or its inputs that the user can mend; 130
-interrupted. Results go to stdout and everything else to stderr.
+Exit codes: 0 done; 1 what nobody foresaw, with its traceback where GRAD_TRANSFORMER_DEBUG is 1; 2 something in the
+call or its inputs that the user can mend; 130 interrupted. Results go to stdout and everything else to stderr.
 
 Under a launcher: `accelerate launch -m grad_transformer.cli train --config train.yaml`.
 """
@@ -19,7 +19,10 @@ import sys
 from collections.abc import Sequence
 
 from .errors import GradTransformerError, UsageError
+from .outputs import disk_error
+from .scripts._output import command_logging, emit, write_plainly
 from .version import __version__
+from .wording import one_line, printable
 
 
 # In the order of the data flow: from public data to a mapper, from private data to an adapter, at any time.
@@ -48,6 +51,12 @@ COMMANDS: dict[str, dict[str, str]] = {
 
 COMMAND_NAMES: tuple[str, ...] = tuple(name for group in COMMANDS.values() for name in group)
 
+# Commands that go on from what an interrupted run has finished.
+RESUMABLE = frozenset({"shadow", "build", "train", "demo", "study", "push", "pull"})
+RESUMED = " What is finished is kept: run the same command again and it resumes from there."
+
+DEBUG = "GRAD_TRANSFORMER_DEBUG"
+
 _MAX_ERROR_LINES, _MAX_ERROR_COLUMNS = 24, 400
 
 
@@ -61,25 +70,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         `int`: the exit code.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments:
-        print(help_text(), file=sys.stderr)
-        return 2
-    command, *rest = arguments
-    if command in ("-h", "--help", "help"):
-        print(help_text())
-        return 0
-    if command == "--version":
-        print(version_text())
-        return 0
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     as_json = _wants_json(rest)
     try:
+        write_plainly()
+        if not arguments:
+            print(help_text(), file=sys.stderr)
+            return 2
+        if command in ("-h", "--help", "help"):
+            print(help_text(), flush=True)
+            return 0
+        if command == "--version":
+            print(version_text(), flush=True)
+            return 0
         if command not in COMMAND_NAMES:
             raise _unknown_command(command)
-        # Only now: these import what a command needs.
-        from .scripts._common import command_logging, emit
-
-        if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") in ("1", "ON", "YES", "TRUE"):
-            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        # Bars over rows that are read in moments.
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        # Only now, as for everything that a command needs: `--help` and `--version` wait for none of it.
         script = importlib.import_module(f".scripts.{command}", __package__)
         own_arguments, output = script.make_parser().parse_command(rest)
         as_json = output.json
@@ -87,19 +95,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         with command_logging(), contextlib.redirect_stdout(sys.stderr):
             result = script.main(*own_arguments)
         emit(result.data, json_output=as_json, text=result.text)
-    except GradTransformerError as error:
-        print(_one_screen(f"grad-transformer {command}: {error}"), file=sys.stderr)
-        if as_json:
-            print(json.dumps(error.to_dict(), indent=2))
-        return 2
     except KeyboardInterrupt:
-        print(
-            f"\ngrad-transformer {command}: interrupted. What is finished is kept: "
-            "run the same command again and it resumes from there.",
-            file=sys.stderr,
-        )
+        _complain(command, f"interrupted.{RESUMED if command in RESUMABLE else ''}", before="\n")
         return 130
+    except BrokenPipeError:
+        # Whoever read the output has gone, as `| head` does. What is still to be flushed at exit has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as cause:
+        error = cause if isinstance(cause, GradTransformerError) else disk_error(cause)
+        if error is None and os.environ.get(DEBUG) == "1":
+            raise
+        _report(command, error or _unforeseen(cause), type(error or cause).__name__, as_json)
+        return 1 if error is None else 2
     return 0
+
+
+def _unforeseen(cause: Exception) -> GradTransformerError:
+    return GradTransformerError(
+        f"unforeseen {type(cause).__name__}: {one_line(cause)}",
+        remedy=f"with {DEBUG}=1 in the environment the traceback is shown; please report it",
+    )
+
+
+def _report(command: str, error: GradTransformerError, name: str, as_json: bool) -> None:
+    _complain(command, str(error))
+    if as_json:
+        print(json.dumps({**error.to_dict(), "error": name}, indent=2))
+
+
+def _complain(command: str, message: str, before: str = "") -> None:
+    print(_one_screen(f"{before}grad-transformer {command}: {printable(message)}"), file=sys.stderr)
 
 
 def help_text() -> str:

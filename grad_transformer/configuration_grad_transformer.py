@@ -33,8 +33,9 @@ class GradTransformerConfig(PreTrainedConfig):
             Standard deviation of projections, start block and position embeddings at initialisation.
         source_base_model, target_base_model (`str`, *optional*), source_base_revision, target_base_revision (`str`,
             *optional*): the pair of base models that the mapper connects.
-        delta_dataset (`dict`, *optional*): repository, revision and commit of the delta dataset that it was trained
-            on, where that came from the Hub.
+        delta_dataset (`dict`, *optional*): `fingerprint` and `plan_fingerprint` of the delta dataset that it was
+            trained on, and repository, revision and commit where that came from the Hub.
+        training_fingerprint (`str`, *optional*): SHA-256 of delta dataset and training arguments.
         format_version (`int`, *optional*): version of the repository's format.
     """
 
@@ -72,6 +73,7 @@ class GradTransformerConfig(PreTrainedConfig):
     target_base_model: str | None = None
     target_base_revision: str | None = None
     delta_dataset: dict[str, Any] | None = None
+    training_fingerprint: str | None = None
     format_version: int = FORMAT_VERSION
     is_encoder_decoder: bool = True
     tie_word_embeddings: bool = False

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .wording import printable
+
+
+_INDENT = 12
+
 
 class GradTransformerError(ValueError):
     """Base class of every error that a user of this library can cause and mend.
@@ -33,9 +38,9 @@ class GradTransformerError(ValueError):
 
     def _render(self) -> str:
         fields = (("path", self.path), ("expected", self.expected), ("found", self.found), ("remedy", self.remedy))
-        return "\n".join(
-            [self.message, *(f"  {name + ':':<10}{value}" for name, value in fields if value is not None)]
-        )
+        lines = [("", self.message), *((f"  {name + ':':<10}", value) for name, value in fields if value is not None)]
+        # A line break in foreign text must not begin what looks like another field.
+        return "\n".join(label + printable(value).replace("\n", "\n" + " " * _INDENT) for label, value in lines)
 
     def to_dict(self) -> dict[str, str | None]:
         """The same facts for machines (`--json`)."""
@@ -91,6 +96,10 @@ class DataError(GradTransformerError):
 
 class UsageError(GradTransformerError):
     """A command or function was called with arguments that do not fit together."""
+
+
+class OutputError(UsageError):
+    """A result cannot be written where it was asked for, or not now."""
 
 
 class WorkerLostError(GradTransformerError):

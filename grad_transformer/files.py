@@ -1,4 +1,6 @@
-"""Text and JSON files: whole or absent when written, checked before they are read.
+"""Text, JSON and YAML files: whole or absent when written, checked before they are read.
+
+Every JSON or YAML file that is read has a schema (`schemas.py`) and goes through [`read_record`] or [`read_yaml`].
 
 An artifact's manifest is written last and alone says that the artifact is whole; a killed process leaves at most a
 hidden temporary file.
@@ -13,13 +15,17 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .constants import FORMAT_VERSION
-from .errors import FormatVersionError, GradTransformerError, IncompleteArtifactError
+from .documents import MAX_NODES, DocumentError, check_schema, parse_json, parse_yaml
+from .errors import FormatVersionError, GradTransformerError, IncompleteArtifactError, UsageError
 
 
-MAX_JSON_BYTES = 64 * 2**20
+T = TypeVar("T")
+
+MAX_JSON_BYTES = 16 * 2**20
+MAX_YAML_BYTES = 2**20
 
 
 @contextmanager
@@ -32,14 +38,19 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, path)
+        sync_and_move(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_and_move(temporary: Path, path: Path) -> None:
+    """Give a whole file its name, once its bytes are on the disk."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
@@ -51,38 +62,84 @@ def write_json_atomic(path: str | Path, data: Mapping[str, Any], *, indent: int 
     write_text_atomic(path, json.dumps(data, indent=indent, allow_nan=False) + "\n")
 
 
-def read_json(
+def read_record(
     path: str | Path,
+    schema: type[T],
     *,
     error: type[GradTransformerError] = IncompleteArtifactError,
     max_bytes: int = MAX_JSON_BYTES,
-) -> dict[str, Any]:
-    """Read a JSON object: strict JSON, in which NaN and Infinity are no numbers.
+    max_nodes: int = MAX_NODES,
+) -> T:
+    """Read a JSON file as its schema asks.
 
     Args:
         path (`str` or `Path`): the file.
+        schema (`type`): a typed dict or dataclass; fields that it does not know stay in a typed dict.
         error (`type`, *optional*): what is raised.
-        max_bytes (`int`, *optional*, defaults to 64 MiB): larger files are not read.
+        max_bytes (`int`, *optional*, defaults to 16 MiB), max_nodes (`int`, *optional*, defaults to a million): larger
+            files, or files of more values, are not read.
 
     Raises:
-        `error`: the file is missing, no ordinary file, too large, not JSON, or not an object.
+        `error`: the file is missing, no ordinary file, too large, not JSON, or does not keep its schema.
         [`FormatVersionError`]: it carries a `format_version` newer than this library's.
     """
-    path = Path(path)
+    return parse_record(
+        _read_bytes(Path(path), max_bytes, error=error), schema, path=path, error=error, max_nodes=max_nodes
+    )
+
+
+def parse_record(
+    content: bytes | str,
+    schema: type[T],
+    *,
+    path: str | Path,
+    error: type[GradTransformerError] = IncompleteArtifactError,
+    max_nodes: int = MAX_NODES,
+) -> T:
+    """[`read_record`] for JSON that was read already, or stands inside another file."""
     try:
-        check_size(path, max_bytes, error=error)
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except OSError as cause:
+        data = parse_json(content, max_nodes=max_nodes)
+    except DocumentError as cause:
         raise error(
-            f"{path.name} is missing or cannot be read.", path=path, expected="a JSON file", found=cause.strerror
+            f"{Path(path).name} is not valid JSON.", path=path, expected="a JSON object", found=cause
         ) from cause
-    except GradTransformerError:
-        raise
-    except (ValueError, RecursionError) as cause:
-        raise error(f"{path.name} is not valid JSON.", path=path, expected="a JSON object", found=cause) from cause
-    if not isinstance(data, dict):
-        raise error(f"{path.name} is not a JSON object.", path=path, expected="an object", found=type(data).__name__)
-    version = data.get("format_version")
+    return check_record(data, schema, path=path, error=error)
+
+
+def read_yaml(
+    path: str | Path,
+    schema: type[T],
+    *,
+    error: type[GradTransformerError] = UsageError,
+    max_bytes: int = MAX_YAML_BYTES,
+) -> T:
+    """Read a YAML file (JSON is YAML too) as its schema asks; see [`read_record`] and [`parse_yaml`]."""
+    content = _read_bytes(Path(path), max_bytes, error=error)
+    try:
+        data = parse_yaml(content)
+    except DocumentError as cause:
+        raise error(f"{Path(path).name} is not valid YAML.", path=path, found=cause) from cause
+    return check_record(data, schema, path=path, error=error)
+
+
+def check_record(
+    data: Any,
+    schema: type[T],
+    *,
+    path: str | Path | None = None,
+    error: type[GradTransformerError] = IncompleteArtifactError,
+) -> T:
+    """Plain data as a schema asks, see [`read_record`]."""
+    check_version(data.get("format_version") if isinstance(data, dict) else None, path=path)
+    try:
+        return check_schema(data, schema)
+    except DocumentError as cause:
+        name = "The data are" if path is None else f"{Path(path).name} is"
+        raise error(f"{name} not as expected.", path=path, expected=cause.expected, found=cause.found) from cause
+
+
+def check_version(version: object, *, path: str | Path | None = None) -> None:
+    """Raises [`FormatVersionError`] where a file says that a newer version of this library wrote it."""
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise FormatVersionError(
             "The artifact was written by a newer version of grad_transformer.",
@@ -91,7 +148,6 @@ def read_json(
             found=version,
             remedy="pip install --upgrade grad-transformer",
         )
-    return data
 
 
 def check_size(path: Path, max_bytes: int, *, error: type[GradTransformerError]) -> int:
@@ -104,5 +160,25 @@ def check_size(path: Path, max_bytes: int, *, error: type[GradTransformerError])
     return status.st_size
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number of JSON")
+def _read_bytes(path: Path, max_bytes: int, *, error: type[GradTransformerError]) -> bytes:
+    try:
+        check_size(path, max_bytes, error=error)
+        return path.read_bytes()
+    except OSError as cause:
+        raise error(
+            f"{path.name} is missing or cannot be read.", path=path, expected="a file", found=cause.strerror
+        ) from cause
+    except ValueError as cause:
+        if isinstance(cause, GradTransformerError):
+            raise
+        raise error("This is no path of a file.", path=repr(path)[:200], found=cause) from cause
+
+
+def read_json(
+    path: str | Path,
+    *,
+    error: type[GradTransformerError] = IncompleteArtifactError,
+    max_bytes: int = MAX_JSON_BYTES,
+) -> dict[str, Any]:
+    """A JSON object of which nothing is asked; readers give way to [`read_record`] one by one."""
+    return read_record(path, dict[str, Any], error=error, max_bytes=max_bytes)

@@ -30,7 +30,7 @@ class BlockEmbedding(nn.Module):
         if len(self.projections) == 1:
             return self.projections[0](blocks_BnD[..., : self.type_widths[0]])
         types = self.block_types[start : start + blocks_BnD.shape[1]]
-        hidden_BnH = blocks_BnD.new_zeros(*blocks_BnD.shape[:2], self.hidden_size)
+        hidden_BnH = blocks_BnD.new_zeros(*blocks_BnD.shape[:2], self.hidden_size, dtype=_linear_dtype(blocks_BnD))
         for number in sorted(set(types)):
             where = [index for index, block_type in enumerate(types) if block_type == number]
             hidden_BnH[:, where] = self.projections[number](blocks_BnD[:, where, : self.type_widths[number]])
@@ -50,11 +50,18 @@ class BlockReadout(nn.Module):
         if len(self.projections) == 1:
             return self.projections[0](hidden_BnH)
         types = self.block_types[start : start + hidden_BnH.shape[1]]
-        blocks_BnD = hidden_BnH.new_zeros(*hidden_BnH.shape[:2], max(self.type_widths))
+        shape = (*hidden_BnH.shape[:2], max(self.type_widths))
+        blocks_BnD = hidden_BnH.new_zeros(shape, dtype=_linear_dtype(hidden_BnH))
         for number in sorted(set(types)):
             where = [index for index, block_type in enumerate(types) if block_type == number]
             blocks_BnD[:, where, : self.type_widths[number]] = self.projections[number](hidden_BnH[:, where])
         return blocks_BnD
+
+
+def _linear_dtype(input: torch.Tensor) -> torch.dtype:
+    """What a linear layer gives for an input: under autocast not the input's own dtype."""
+    device = input.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
 
 
 class NoTokenEmbedding(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 from .configuration_grad_transformer import GradTransformerConfig
 from .constants import SOURCE_FOLDER, TARGET_FOLDER
 from .errors import LayoutMismatchError
-from .files import read_json
+from .files import sync_and_move
 from .hub import KINDS, Origin, Published, fetch, push_folder
+from .modeling_weights import check_loaded, check_weights, read_mapper_config, read_weight_shapes
 from .tokenization_lora_delta import LoraDeltaTokenizer
 
 
@@ -29,15 +31,30 @@ class MapperFiles:
     def save_pretrained(self, save_directory: str | Path, *, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write config, weights and both tokenizers; arguments as in `PreTrainedModel.save_pretrained`.
 
+        `config.json` goes first and comes last: what a save that was interrupted leaves is not taken for a mapper.
+
         With `push_to_hub` also publish it, as `repo_id` (default: the folder's name), see
         [`~GradTransformer.push_to_hub`].
         """
         hub = {name: kwargs.pop(name) for name in ("repo_id", "revision", "private", "license") if name in kwargs}
-        if kwargs.get("is_main_process", True):
+        if not kwargs.get("is_main_process", True):
+            super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+            return
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").unlink(missing_ok=True)
+        for left in folder.glob(".saving-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
             for tokenizer, name in ((self.source_tokenizer, SOURCE_FOLDER), (self.target_tokenizer, TARGET_FOLDER)):
                 if tokenizer is not None:
-                    tokenizer.save_pretrained(Path(save_directory) / name)
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+                    tokenizer.save_pretrained(folder / name)
+            super().save_pretrained(staging, **kwargs)  # type: ignore[misc]
+            for pattern in ("model*.safetensors", "model.safetensors.index.json"):
+                for stale in folder.glob(pattern):
+                    stale.unlink()
+            for path in sorted(Path(staging).iterdir(), key=lambda path: path.name == "config.json"):
+                sync_and_move(path, folder / path.name)
         if push_to_hub:
             self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), token=kwargs.get("token"), **hub)
 
@@ -45,10 +62,14 @@ class MapperFiles:
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> Any:
         """Load a mapper with its tokenizers; arguments as in `PreTrainedModel.from_pretrained`.
 
+        Headers are read before anything is allocated, so that a config cannot ask for more than its files hold.
+
         The revision (`revision=`, or `org/name@v1.0`) is resolved to a commit once, which `origin` keeps; config,
         weights and tokenizers all come from it.
 
         Raises:
+            [`IncompleteArtifactError`]: config, weights or tokenizers are missing or damaged: weights are safetensors,
+                exactly those that the config asks for, and finite.
             [`LayoutMismatchError`]: tokenizers and config do not belong together.
             [`FormatVersionError`]: written by a newer version.
             [`HubError`]: no such repository or version, no access, or no answer.
@@ -61,23 +82,26 @@ class MapperFiles:
             subfolder=prefix or None,
             **hub_kwargs,
         )
-        if (fetched.folder / "config.json").is_file():
-            # A newer format is refused before anything of it is interpreted.
-            read_json(fetched.folder / "config.json")
+        shapes = read_weight_shapes(fetched.folder)
+        config = read_mapper_config(fetched.folder, num_tensors=len(shapes))
+        tokenizers = {}
+        if config.source_base_model is not None:
+            for side in (SOURCE_FOLDER, TARGET_FOLDER):
+                tokenizers[side] = LoraDeltaTokenizer.from_pretrained(fetched.folder, subfolder=side)
+                tokenizers[side].origin = tokenizers[side].root.origin = fetched.origin
+                _check_fits(tokenizers[side], config, side, pretrained_model_name_or_path)
+        check_weights(cls, config, shapes, fetched.folder)
         name: str | Path = pretrained_model_name_or_path
         if fetched.origin is not None and not Path(name).is_dir():
             name = fetched.origin.repo_id
             kwargs.update(revision=fetched.origin.sha, local_files_only=True)
-        loaded = super().from_pretrained(name, *args, **kwargs)  # type: ignore[misc]
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        with_info = kwargs.pop("output_loading_info", False)
+        kwargs.update(use_safetensors=True, output_loading_info=True)
+        model, info = super().from_pretrained(name, *args, **kwargs)  # type: ignore[misc]
+        check_loaded(model, info["missing_keys"], pretrained_model_name_or_path)
         model.origin = fetched.origin
-        if model.config.source_base_model is not None:
-            for side, folder in (("source", SOURCE_FOLDER), ("target", TARGET_FOLDER)):
-                tokenizer = LoraDeltaTokenizer.from_pretrained(fetched.folder, subfolder=folder)
-                tokenizer.origin = tokenizer.root.origin = fetched.origin
-                _check_fits(tokenizer, model.config, side, pretrained_model_name_or_path)
-                setattr(model, f"{side}_tokenizer", tokenizer)
-        return loaded
+        model.source_tokenizer, model.target_tokenizer = tokenizers.get(SOURCE_FOLDER), tokenizers.get(TARGET_FOLDER)
+        return (model, info) if with_info else model
 
     def push_to_hub(
         self,

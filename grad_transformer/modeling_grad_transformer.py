@@ -72,7 +72,7 @@ class GradTransformer(MapperFiles, PreTrainedModel):
                 found=config.format_version,
                 remedy="pip install --upgrade grad-transformer",
             )
-        self.backbone = AutoModel.from_config(config.backbone_config)
+        self.backbone = AutoModel.from_config(config.backbone_config, trust_remote_code=False)
         drop_token_embeddings(self.backbone)
         read_weights_with_every_core(self.backbone)
         self._no_split_modules = list(self.backbone._no_split_modules or [])

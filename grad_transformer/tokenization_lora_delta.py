@@ -16,17 +16,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from transformers import BatchFeature
 
 from .adapters import LoraAdapter, LoraLayout, Root
-from .adapters.io import save_tensors_atomic
+from .adapters.io import load_tensors, save_tensors_atomic
 from .constants import FORMAT_VERSION, ROOT_FOLDER, TOKENIZER_NAME, TOKENIZER_STATISTICS_NAME
 from .errors import AdapterFormatError, IncompleteArtifactError, LayoutMismatchError, UsageError
-from .files import read_json, write_json_atomic
+from .files import read_record, write_json_atomic
 from .hub import Origin, Published, fetch, publish
 from .hub.kinds import TOKENIZER_FILES
 from .hub.public import public_files
+from .schemas import TokenizerRecord
 
 
 Adapters = str | Path | LoraAdapter | Sequence[str | Path | LoraAdapter]
@@ -241,9 +241,23 @@ class LoraDeltaTokenizer:
         return self.decode_delta(self.unstandardize(blocks.double(), dtype=torch.float64))
 
     def decode_delta(self, delta_P: torch.Tensor) -> LoraAdapter:
-        """A raw delta `(numel,)` to the adapter that has it: root plus delta, in the root's dtype."""
+        """A raw delta `(numel,)` to the adapter that has it: root plus delta, in the root's dtype.
+
+        Raises:
+            [`LayoutMismatchError`]: a delta of another size.
+            [`AdapterFormatError`]: values that are not finite, also where the root's dtype cannot hold them.
+        """
         metadata = {"format_version": FORMAT_VERSION, "root": self.root.facts()}
-        return self.root.adapter.with_values(self._root_P + delta_P.double(), metadata=metadata)
+        adapter = self.root.adapter.with_values(self._root_P + delta_P.double(), metadata=metadata)
+        broken = [key for key, tensor in adapter.tensors.items() if not torch.isfinite(tensor).all()]
+        if broken:
+            raise AdapterFormatError(
+                "The delta is not finite, so that there is no adapter to write.",
+                expected="finite values",
+                found=f"NaN or infinite values in {len(broken)} tensors, the first {broken[0]}",
+                remedy="the mapper or the adapters that it was given are damaged; in a narrow dtype, use float32",
+            )
+        return adapter
 
     def __call__(
         self,
@@ -330,9 +344,18 @@ class LoraDeltaTokenizer:
         """
         fetched = fetch(name_or_path, allow_patterns=TOKENIZER_FILES, subfolder=subfolder, **hub_kwargs)
         folder = fetched.folder
-        config = read_json(folder / TOKENIZER_NAME)
+        config = read_record(folder / TOKENIZER_NAME, TokenizerRecord)
+        root = Root.from_pretrained(folder, subfolder=ROOT_FOLDER)
+        if config.get("root_fingerprint", root.fingerprint) != root.fingerprint:
+            raise IncompleteArtifactError(
+                "The root beside the tokenizer is not the tokenizer's.",
+                path=folder / ROOT_FOLDER,
+                expected=f"fingerprint {config.get('root_fingerprint')}",
+                found=root.fingerprint,
+                remedy="save or download the tokenizer again",
+            )
         tokenizer = cls(
-            Root.from_pretrained(folder, subfolder=ROOT_FOLDER),
+            root,
             role=config["role"],
             center=config["center"],
             scale=config["scale"],
@@ -341,18 +364,11 @@ class LoraDeltaTokenizer:
         tokenizer.origin = tokenizer.root.origin = fetched.origin
         if config["fitted"]:
             path = folder / TOKENIZER_STATISTICS_NAME
-            statistics = load_file(path) if path.is_file() else {}
-            mean_P, scale_L = statistics.get("mean"), statistics.get("scale")
-            expected = ((tokenizer.layout.numel,), (tokenizer.layout.num_blocks,))
-            if mean_P is None or scale_L is None or (tuple(mean_P.shape), tuple(scale_L.shape)) != expected:
-                raise IncompleteArtifactError(
-                    "The tokenizer's statistics are missing or do not fit its root.",
-                    path=path,
-                    expected=f"mean {expected[0]} and scale {expected[1]}",
-                    found={name: tuple(value.shape) for name, value in statistics.items()},
-                    remedy="save or download the tokenizer again",
-                )
-            tokenizer.mean_P, tokenizer.scale_L = mean_P, scale_L
+            shapes = {"mean": (tokenizer.layout.numel,), "scale": (tokenizer.layout.num_blocks,)}
+            statistics = load_tensors(path, shapes)
+            tokenizer.mean_P, tokenizer.scale_L = statistics["mean"], statistics["scale"]
+            if not bool((tokenizer.scale_L > 0).all()):
+                raise IncompleteArtifactError("The tokenizer's scales are not all above 0.", path=path)
         return tokenizer
 
     def push_to_hub(

@@ -7,6 +7,8 @@ import importlib
 import json
 import logging
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +20,9 @@ import pytest
 
 from grad_transformer import cli
 from grad_transformer.errors import AdapterFormatError, UsageError
-from grad_transformer.scripts._common import CommandParser, CommandResult, emit, format_table
+from grad_transformer.scripts._common import CommandParser, CommandResult, format_table
+from grad_transformer.scripts._output import emit
+from tests import manifests
 
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +84,65 @@ def test_version_names_what_it_stands_on(run_cli: Any) -> None:
     assert "\ntorch " in outcome.stdout and "\npeft " in outcome.stdout
 
 
+# What takes seconds to import, and --help and --version have no need of.
+HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy", "huggingface_hub"}
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=False, env={**os.environ, **environment}
+    )
+
+
+def test_help_and_version_load_nothing_heavy() -> None:
+    code = (
+        "import sys; from grad_transformer import cli\n"
+        "def run(*arguments):\n"
+        "    try: return cli.main(arguments)\n"
+        "    except SystemExit as end: return end.code\n"
+        "assert run('--help') == run('--version') == 0\n"
+        "assert all(run(name, '--help') == 0 for name in cli.COMMAND_NAMES)\n"
+        f"print('loaded:', sorted({HEAVY!r} & set(sys.modules)))"
+    )
+    done = run_python(code)
+    assert done.stdout.endswith(b"loaded: []\n"), done.stderr.decode()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "gbk"])
+def test_help_fits_every_terminal(encoding: str) -> None:
+    code = (
+        "import sys; from grad_transformer import cli\n"
+        "for name in cli.COMMAND_NAMES:\n"
+        "    try: cli.main([name, '--help'])\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+        "print('R² of all')"
+    )
+    done = run_python(code, PYTHONIOENCODING=encoding)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    assert done.stdout.decode(encoding).endswith("R^2 of all\n")
+
+
+def test_train_shows_its_own_arguments_first_and_all_on_request(run_cli: Any) -> None:
+    short, whole = (run_cli("train", flag) for flag in ("--help", "--help_all"))
+    assert (short.code, whole.code) == (0, 0)
+    assert "--help_all" in short.stdout and "--mixup_alpha" in short.stdout and "--torch_compile" not in short.stdout
+    assert "--torch_compile" in whole.stdout and "--mixup_alpha" in whole.stdout
+    assert len(short.stdout.splitlines()) < 200
+
+
+def test_paths_in_help_texts_exist() -> None:
+    missing = [
+        f"{command}: {path}"
+        for command in SCRIPTS
+        for path in re.findall(
+            r"(?:examples|docs|benchmarks|hub_recipes)/[\w./-]+",
+            importlib.import_module(f"grad_transformer.scripts.{command}").__doc__ or "",
+        )
+        if not (ROOT / path).exists()
+    ]
+    assert missing == []
+
+
 def test_unknown_command_suggests_the_nearest(run_cli: Any) -> None:
     outcome = run_cli("pln", "--json")
     assert outcome.code == 2
@@ -102,7 +165,7 @@ def test_help_of_a_command_teaches(command: str, run_cli: Any) -> None:
 
 @pytest.mark.parametrize("command", SCRIPTS)
 def test_every_argument_has_a_help_text(command: str) -> None:
-    parser = importlib.import_module(f"grad_transformer.scripts.{command}").make_parser()
+    parser = importlib.import_module(f"grad_transformer.scripts.{command}").make_parser().whole()
     assert [action.dest for action in parser._actions if not action.help and not _is_negation(action)] == []
 
 
@@ -127,7 +190,7 @@ def _describe(action: argparse.Action) -> dict[str, Any]:
 def test_flags_are_the_frozen_ones() -> None:
     found: dict[str, dict[str, Any]] = {}
     for command in SCRIPTS:
-        parser = importlib.import_module(f"grad_transformer.scripts.{command}").make_parser()
+        parser = importlib.import_module(f"grad_transformer.scripts.{command}").make_parser().whole()
         actions = [action for action in parser._actions if action.dest != "help" and not _is_negation(action)]
         found[command] = {(action.option_strings or [action.dest])[0]: _describe(action) for action in actions}
     found = json.loads(json.dumps(found, default=str))
@@ -191,8 +254,12 @@ def test_wrong_flags_are_refused(parser: CommandParser, arguments: list[str], me
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- steps", "must contain a YAML mapping"),
-        ("", "must contain a YAML mapping"),
+        ("- steps", "valid dictionary"),
+        ("", "valid dictionary"),
+        ("1: 2", "Unknown key `1`"),
+        ("steps: &a 3", "anchor"),
+        ("steps: 3\nsteps: 4", "twice"),
+        ("[" * 5000, "levels"),
         ("steps: [", "not valid YAML"),
         ("stepz: 3", "did you mean steps?"),
         ("help: true", "Unknown key `help`"),
@@ -284,18 +351,64 @@ def test_interruption_says_that_work_resumes(run_cli: Any, toy: Any) -> None:
         raise KeyboardInterrupt
 
     toy(main)
-    outcome = run_cli("inspect", "here", "--steps", 1)
+    outcome = run_cli("shadow", "here", "--steps", 1)
     assert (outcome.code, outcome.stdout) == (130, "")
     assert "resumes" in outcome.stderr
+    assert run_cli("inspect", "here", "--steps", 1).stderr == "\ngrad-transformer inspect: interrupted.\n"
 
 
-def test_a_bug_keeps_its_traceback(run_cli: Any, toy: Any) -> None:
+def test_what_nobody_foresaw_is_one_line_and_a_traceback_on_request(
+    run_cli: Any, toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def main(args: ToyArguments) -> CommandResult:
-        raise ZeroDivisionError("ours")
+        raise ZeroDivisionError("ours\x1b[2J\nand more")
 
     toy(main)
+    outcome = run_cli("inspect", "here", "--steps", 1, "--json")
+    assert (outcome.code, outcome.json["error"]) == (1, "ZeroDivisionError")
+    first, second = outcome.stderr.splitlines()
+    assert first == "grad-transformer inspect: unforeseen ZeroDivisionError: ours\\x1b[2J\\nand more"
+    assert cli.DEBUG in second
+    monkeypatch.setenv(cli.DEBUG, "1")
     with pytest.raises(ZeroDivisionError, match="ours"):
         run_cli("inspect", "here", "--steps", 1)
+
+
+def test_interruption_of_imports_leaves_no_traceback() -> None:
+    code = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from grad_transformer.cli import main\n"
+        "sys.exit(main(['inspect', 'x']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert "interrupted" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_names_of_others_cannot_steer_the_terminal(run_cli: Any, toy: Any) -> None:
+    def main(args: ToyArguments) -> CommandResult:
+        logging.getLogger("grad_transformer.hub").warning("from \x1b]0;title\x07")
+        return CommandResult({"name": "\x1b[2J"}, "model \x1b[2J\u202e")
+
+    toy(main)
+    outcome = run_cli("inspect", "here", "--steps", 1)
+    assert outcome.stdout == "model \\x1b[2J\\u202e\n"
+    assert "\x1b" not in outcome.stderr and "\x07" not in outcome.stderr
+    assert run_cli("inspect", "here", "--steps", 1, "--json").json == {"name": "\x1b[2J"}
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    code = "import sys; from grad_transformer.cli import main; sys.exit(main(['train', '--help']))"
+    pipe = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert pipe.stdout is not None and pipe.stderr is not None
+    pipe.stdout.close()
+    assert "Traceback" not in pipe.stderr.read()
+    pipe.wait()
+    pipe.stderr.close()
 
 
 def test_only_the_main_process_prints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -370,10 +483,10 @@ def test_inspect_verifies_a_root(run_cli: Any, adapter_folder: Path) -> None:
     ("name", "manifest", "kind"),
     [
         ("config.json", {"model_type": "grad_transformer", "d_model": 128}, "mapper"),
-        ("plan.json", {"format_version": 1, "seed": 3}, "shadow plan"),
-        ("delta_dataset.json", {"format_version": 1, "pairs": [1] * 99}, "delta dataset"),
-        ("lora_delta_tokenizer.json", {"format_version": 1}, "delta tokenizer"),
-        ("report.json", {"format_version": 1, "preset": "quick"}, "report"),
+        ("plan.json", manifests.PLAN, "shadow plan"),
+        ("delta_dataset.json", manifests.DELTA_DATASET, "delta dataset"),
+        ("lora_delta_tokenizer.json", manifests.TOKENIZER, "delta tokenizer"),
+        ("report.json", manifests.REPORT, "report"),
     ],
 )
 def test_inspect_knows_a_folder_by_its_manifest(
@@ -382,13 +495,13 @@ def test_inspect_knows_a_folder_by_its_manifest(
     (tmp_path / name).write_text(json.dumps(manifest))
     found = run_cli("inspect", tmp_path, "--json").json
     assert found["kind"] == kind
-    scalars = {key: value for key, value in manifest.items() if not isinstance(value, list)}
+    scalars = {key: value for key, value in manifest.items() if not isinstance(value, list | dict)}
     assert scalars.items() <= found.items()
     assert kind in run_cli("inspect", tmp_path).stdout
 
 
 def test_inspect_counts_the_runs_of_a_plan(run_cli: Any, tmp_path: Path) -> None:
-    (tmp_path / "plan.json").write_text("{}")
+    (tmp_path / "plan.json").write_text(json.dumps(manifests.PLAN))
     for model, count in (("tinylm", 3), ("llm", 2)):
         (tmp_path / "runs" / model).mkdir(parents=True)
         for number in range(count):
@@ -402,9 +515,9 @@ def test_inspect_counts_the_runs_of_a_plan(run_cli: Any, tmp_path: Path) -> None
     [
         ({}, "IncompleteArtifactError"),
         ({"notes.txt": "x"}, "IncompleteArtifactError"),
-        ({"config.json": '{"model_type": "qwen2"}'}, "IncompleteArtifactError"),
         ({"plan.json": '{"format_version": 99}'}, "FormatVersionError"),
         ({"plan.json": "not json"}, "IncompleteArtifactError"),
+        ({"plan.json": json.dumps({**manifests.PLAN, "runs": [{"shadow_id": "../x"}]})}, "IncompleteArtifactError"),
         ({"adapter_config.json": "{}", "adapter_model.bin": "x"}, "AdapterFormatError"),
     ],
 )

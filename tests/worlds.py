@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from peft import LoraConfig
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grad_transformer import LoraAdapter, LoraLayout, Root, create_root
 from grad_transformer.adapters.roots import fingerprint_adapter
+from grad_transformer.files import write_json_atomic
+from grad_transformer.finetuning import FineTuningRecipe
+from grad_transformer.shadow.identity import dataset_fingerprint
+from grad_transformer.shadow.plan import ROLES
 
 
 def tiny_qwen2(
@@ -66,3 +74,42 @@ def moved(root: Root, *, scale: float = 0.05, seed: int = 0) -> LoraAdapter:
     generator = torch.Generator().manual_seed(seed)
     values_P = root.adapter.flat() + scale * torch.randn(root.layout.numel, generator=generator)
     return root.adapter.with_values(values_P)
+
+
+def write_delta_dataset(
+    folder: Path, roots: tuple[Root, Root], *, runs: Mapping[str, int], seed: int = 0, plan: str = "plan-a"
+) -> Path:
+    """A delta dataset as `build` leaves it, of random linear pairs: `runs` of each split, one pair each."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [root.layout.numel for root in roots]
+    matrix = torch.randn(sizes[0], sizes[1], generator=generator) / sizes[0] ** 0.5
+    files, numbers = {}, iter(range(sum(runs.values())))
+    for split, count in runs.items():
+        source = torch.randn(count, sizes[0], generator=generator)
+        columns = {
+            "shadow_id": pa.array([f"shadow-{next(numbers):05d}" for _ in range(count)]),
+            "task": pa.array([f"task-{number % 3}" for number in range(count)]),
+            "step": pa.array([1] * count, pa.int32()),
+        }
+        for name, values in (("source_blocks", source), ("target_blocks", source @ matrix)):
+            flat = pa.array(values.reshape(-1).numpy())
+            columns[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+        name = f"data/{split}-00000-of-00001.parquet"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(columns), folder / name)
+        files[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    for role, root in zip(ROLES, roots, strict=True):
+        root.save_pretrained(folder / f"{role}_root")
+    manifest = {
+        "format_version": 1,
+        "plan_fingerprint": plan,
+        "roots": {role: root.facts() for role, root in zip(ROLES, roots, strict=True)},
+        "recipes": {role: FineTuningRecipe().to_dict() for role in ROLES},
+        "layouts": {role: root.layout.to_dict() for role, root in zip(ROLES, roots, strict=True)},
+        "data": {"path": "public.jsonl"},
+        "splits": {split: {"runs": count, "pairs": count} for split, count in runs.items()},
+        "missing_runs": [],
+        "files": files,
+    }
+    write_json_atomic(folder / "delta_dataset.json", {**manifest, "fingerprint": dataset_fingerprint(manifest)})
+    return folder

@@ -15,9 +15,10 @@ import torch
 
 from ..constants import ADAPTER_CONFIG_NAME, ADAPTER_METADATA_NAME, ADAPTER_WEIGHTS_NAME, FORMAT_VERSION
 from ..errors import AdapterFormatError, BaseModelMismatchError
-from ..files import read_json, write_json_atomic
+from ..files import read_record, write_json_atomic
 from ..hub import Origin, Published, fetch, push_folder
 from ..hub.kinds import ADAPTER_FILES
+from ..schemas import AdapterConfigRecord, AdapterMetadataRecord
 from .io import MAX_ADAPTER_JSON_BYTES, member, read_header, read_tensors, save_tensors_atomic
 from .layout import LoraLayout
 
@@ -71,7 +72,7 @@ class LoraAdapter:
         """
         fetched = fetch(name_or_path, allow_patterns=ADAPTER_FILES, subfolder=subfolder, **hub_kwargs)
         folder = fetched.folder
-        config = _read_adapter_json(folder, ADAPTER_CONFIG_NAME)
+        config = _read_adapter_json(folder, ADAPTER_CONFIG_NAME, AdapterConfigRecord)
         weights = member(folder, ADAPTER_WEIGHTS_NAME)
         if not weights.is_file():
             pickles = [path.name for path in itertools.islice(folder.glob("*.bin"), 3)]
@@ -94,7 +95,7 @@ class LoraAdapter:
         else:
             layout.check_config(config, shapes, path=str(folder))
         has_metadata = os.path.lexists(folder / ADAPTER_METADATA_NAME)
-        metadata = _read_adapter_json(folder, ADAPTER_METADATA_NAME) if has_metadata else {}
+        metadata = _read_adapter_json(folder, ADAPTER_METADATA_NAME, AdapterMetadataRecord) if has_metadata else {}
         return cls(config, read_tensors(weights, list(shapes)), layout, metadata, fetched.origin)
 
     @property
@@ -195,9 +196,9 @@ class LoraAdapter:
         return digest.hexdigest()
 
 
-def _read_adapter_json(folder: Path, name: str) -> dict[str, Any]:
-    path = member(folder, name)
-    return read_json(path, error=AdapterFormatError, max_bytes=MAX_ADAPTER_JSON_BYTES)
+def _read_adapter_json(folder: Path, name: str, schema: Any) -> dict[str, Any]:
+    record = read_record(member(folder, name), schema, error=AdapterFormatError, max_bytes=MAX_ADAPTER_JSON_BYTES)
+    return dict(record)
 
 
 def _last_part(name_or_path: str) -> str:

@@ -8,26 +8,12 @@ Shape legend: N clients, P values of a delta.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import torch
 
+from ..constants import AGGREGATIONS, Aggregation
 from ..errors import UsageError
 
-
-Aggregation = Literal[
-    "mean",
-    "sum",
-    "weighted",
-    "exact_mean",
-    "norm_clipping",
-    "median",
-    "trimmed_mean",
-    "krum",
-    "multi_krum",
-    "fltrust",
-]
-AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
 
 # Rules that are told how many clients may lie.
 _COUNTING = ("trimmed_mean", "krum", "multi_krum")

@@ -6,12 +6,13 @@ can only be a typed error, and where nothing is mapped into memory.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from ..documents import parse_json
 
 
 MAX_TENSORS = 200_000
@@ -48,9 +49,9 @@ def parse_header(content: bytes, data_bytes: int) -> tuple[dict[str, TensorInfo]
 
     Raises:
         [`HeaderError`]: says what is wrong.
-        `ValueError`, `RecursionError`: it is not JSON.
+        [`DocumentError`]: it is not JSON.
     """
-    header = json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    header = parse_json(content, max_nodes=8 * MAX_TENSORS)
     if not isinstance(header, dict) or len(header) > MAX_TENSORS:
         raise HeaderError(f"the header is not an object of at most {MAX_TENSORS} tensors")
     metadata = header.pop("__metadata__", {})
@@ -88,14 +89,3 @@ def _parse_entry(key: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
 
 def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise HeaderError("a name stands twice")
-    return result
-
-
-def _refuse_constant(name: str) -> Any:
-    raise HeaderError(f"{name} is not a number of JSON")

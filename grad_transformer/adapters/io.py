@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import AdapterFormatError, GradTransformerError
-from ..files import atomic_write, check_size, read_json, write_json_atomic, write_text_atomic
+from ..errors import AdapterFormatError, GradTransformerError, IncompleteArtifactError
+from ..files import atomic_write, check_size, read_json, read_record, write_json_atomic, write_text_atomic
 from ..hub import resolve_folder
 from .header import HeaderError, TensorInfo, parse_header
 
@@ -18,9 +18,11 @@ from .header import HeaderError, TensorInfo, parse_header
 __all__ = [
     "TensorInfo",
     "atomic_write",
+    "load_tensors",
     "member",
     "read_header",
     "read_json",
+    "read_record",
     "read_tensors",
     "resolve_folder",
     "save_tensors_atomic",
@@ -99,6 +101,33 @@ def read_tensors(path: str | Path, keys: Sequence[str]) -> dict[str, torch.Tenso
                 remedy="the fine-tune diverged: lower its learning rate and run it again",
             )
     return tensors
+
+
+def load_tensors(path: str | Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, torch.Tensor]:
+    """All tensors of a file that this library wrote, header first.
+
+    Args:
+        path (`str` or `Path`): the file.
+        shapes (`Mapping[str, tuple[int, ...]]`, *optional*): the names and shapes that it must have.
+
+    Raises:
+        [`IncompleteArtifactError`]: it is missing or damaged, holds other tensors, or values that are not finite.
+    """
+    try:
+        found = {key: info.shape for key, info in read_header(path)[0].items()}
+        if shapes is None or found == shapes:
+            return read_tensors(path, list(found))
+    except AdapterFormatError as cause:
+        raise IncompleteArtifactError(
+            f"{Path(path).name} cannot be used.", path=path, found=cause.message, remedy="save or download it again"
+        ) from cause
+    raise IncompleteArtifactError(
+        f"{Path(path).name} does not hold the tensors that it must.",
+        path=path,
+        expected=dict(shapes),
+        found=dict(list(found.items())[:8]),
+        remedy="save or download it again",
+    )
 
 
 def member(folder: Path, name: str, *, error: type[GradTransformerError] = AdapterFormatError) -> Path:

@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..constants import FORMAT_VERSION, ROOT_FOLDER, ROOT_NAME
 from ..errors import BaseModelMismatchError, IncompleteArtifactError, RootMismatchError, UsageError
-from ..files import read_json, write_json_atomic
+from ..files import read_record, write_json_atomic
 from ..hub import Origin, fetch
 from ..hub.kinds import ROOT_FILES
+from ..schemas import RootRecord
 from .adapter import LoraAdapter
 from .layout import LoraLayout, check_representable
 
@@ -90,24 +91,24 @@ class Root:
         """
         fetched = fetch(name_or_path, allow_patterns=ROOT_FILES, subfolder=subfolder, **hub_kwargs)
         folder = fetched.folder
-        manifest = read_json(folder / ROOT_NAME)
+        manifest = read_record(folder / ROOT_NAME, RootRecord)
         adapter = LoraAdapter.from_pretrained(folder)
         fingerprint = fingerprint_adapter(adapter)
-        if fingerprint != manifest.get("fingerprint"):
+        if fingerprint != manifest["fingerprint"]:
             raise IncompleteArtifactError(
                 "The root's tensors are not those that it was written with.",
                 path=folder,
-                expected=f"fingerprint {manifest.get('fingerprint')}",
+                expected=f"fingerprint {manifest['fingerprint']}",
                 found=fingerprint,
                 remedy="download or copy the root again; a root is never edited",
             )
         return cls(
             adapter=adapter,
             fingerprint=fingerprint,
-            base_model=str(manifest.get("base_model")),
+            base_model=manifest["base_model"],
             base_revision=manifest.get("base_revision"),
-            base_fingerprint=str(manifest.get("base_fingerprint")),
-            seed=int(manifest.get("seed", 0)),
+            base_fingerprint=manifest["base_fingerprint"],
+            seed=manifest.get("seed", 0),
             origin=fetched.origin,
         )
 

@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..adapters.privacy import PrivacyStatement
 from ..errors import UsageError
-from ..finetuning.data import IGNORED_LABEL
+from ..finetuning.tokens import IGNORED_LABEL
 from .arguments import PrivacyArguments
 from .checkpoints import read_history, write_manifest
 from .groups import Units, physical_batches

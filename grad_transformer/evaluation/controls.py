@@ -23,6 +23,8 @@ logger = logging.get_logger(__name__)
 
 CONTROLS = ("mean_shadow", "nearest_shadow", "ridge", "random", "other_client")
 RIDGE_STRENGTHS = tuple(10.0 ** (power / 2) for power in range(-8, 7))
+# Where there are too few pairs to choose on: as much penalty as the mean direction has variance.
+_DEFAULT_STRENGTH = 1.0
 
 # Values of training rows that one pass of the nearest shadow holds: they stay in the processor's cache.
 _CHUNK_VALUES = 2**17
@@ -256,21 +258,40 @@ def fit_controls(
     source_NX: torch.Tensor,
     target_NY: torch.Tensor,
     *,
-    validation: tuple[torch.Tensor, torch.Tensor],
+    validation: tuple[torch.Tensor, torch.Tensor] | None,
     source_widths: Sequence[int] | None = None,
 ) -> dict[str, ShadowPredictor]:
     """The three controls that learn from the training pairs, fitted, by their names in the report.
 
     Args:
         source_NX, target_NY (`torch.Tensor`): training TinyLM and LLM deltas.
-        validation (`tuple[torch.Tensor, torch.Tensor]`): pairs of held-out runs, which choose the ridge strength.
+        validation (`tuple[torch.Tensor, torch.Tensor]`, *optional*): pairs of held-out runs, which choose the ridge
+            strength; where none were held out, the last fifth of the training pairs does, and is learned from after.
         source_widths (`Sequence[int]`, *optional*): as in [`ShadowPredictor`].
     """
     return {
         "mean_shadow": MeanShadow().fit(source_NX, target_NY),
         "nearest_shadow": NearestShadow(source_widths=source_widths).fit(source_NX, target_NY),
-        "ridge": RidgeRegression(source_widths=source_widths).fit(source_NX, target_NY, validation=validation),
+        "ridge": _fit_ridge(source_NX, target_NY, validation, source_widths),
     }
+
+
+def _fit_ridge(
+    source_NX: torch.Tensor,
+    target_NY: torch.Tensor,
+    validation: tuple[torch.Tensor, torch.Tensor] | None,
+    source_widths: Sequence[int] | None,
+) -> RidgeRegression:
+    if validation is not None:
+        return RidgeRegression(source_widths=source_widths).fit(source_NX, target_NY, validation=validation)
+    strength = _DEFAULT_STRENGTH
+    # Snapshots of one run lie together: of a stretch at the end, at most one run is on both sides.
+    end = len(source_NX) - len(source_NX) // 5
+    if 2 <= end < len(source_NX):
+        trial = RidgeRegression(source_widths=source_widths)
+        trial.fit(source_NX[:end], target_NY[:end], validation=(source_NX[end:], target_NY[end:]))
+        strength = float(trial.strength)
+    return RidgeRegression(source_widths=source_widths, strengths=[strength]).fit(source_NX, target_NY)
 
 
 def random_delta_like(delta: torch.Tensor, seed: int, *, widths: Sequence[int] | None = None) -> torch.Tensor:

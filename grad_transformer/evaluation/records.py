@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from ..adapters.statistics import BlockAgreement
 from ..constants import FORMAT_VERSION
 from ..errors import UsageError
+from ..files import check_record
 from .controls import CONTROLS
 from .metrics import gap_too_small, performance_gap_recovered, pgr_interval
 
@@ -59,7 +60,8 @@ class ClientReport:
         n_test (`int`): test rows.
         tinylm, llm_base, llm_finetuned, generated (`float`): mean scores of the fine-tuned TinyLM, the LLM without a
             delta, the fine-tuned LLM (`None` where nobody fine-tuned one) and the LLM with the generated adapter.
-        controls (`dict[str, float | None]`): mean score with the delta of each of `CONTROLS`; `None`: not computed.
+        controls (`dict[str, float | None]`): mean score with the delta of each of `CONTROLS`; `None`: not computed. A
+            report of another version may lack some, or have more.
         pgr (`float` or `None`), pgr_interval (`tuple[float, float]` or `None`): `None` where they mean nothing.
         gap_too_small (`bool`): LLM minus TinyLM is below 3 points, so that there is no PGR.
         methods (`dict[str, float]`): mean score with each of `METHODS` that was tried.
@@ -188,21 +190,10 @@ class Report:
         """The report that `to_dict` was called on; fields that this version does not know are dropped.
 
         Raises:
-            [`UsageError`]: a field is missing, or out of its range.
+            [`UsageError`]: a field is missing, of another type, or out of its range.
+            [`FormatVersionError`]: it is newer than this version.
         """
-        try:
-            clients = [_known_fields(ClientReport, client) for client in data["clients"]]
-            for client in clients:
-                interval = client.get("pgr_interval")
-                client["pgr_interval"] = None if interval is None else (interval[0], interval[1])
-            known = _known_fields(cls, data)
-            known["clients"] = [ClientReport(**client) for client in clients]
-            known["heldout"] = HeldoutScores(**_known_fields(HeldoutScores, data["heldout"]))
-            blocks = data.get("blocks")
-            known["blocks"] = None if blocks is None else BlockAgreement(**_known_fields(BlockAgreement, blocks))
-            report = cls(**known)
-        except (KeyError, TypeError, IndexError, AttributeError) as cause:
-            raise UsageError("The report lacks a field, or holds one of the wrong type.", found=cause) from cause
+        report = check_record(dict(data), cls, error=UsageError)
         report.validate()
         return report
 
@@ -223,6 +214,14 @@ class Report:
         for client in self.clients:
             _validate_client(client)
 
+    def check_names(self) -> None:
+        """Raises [`UsageError`] where a client lacks a control of this version, or has one or a method beside them."""
+        for client in self.clients:
+            where = f"clients[{client.id}]"
+            _check_names(f"{where}.controls", client.controls, CONTROLS)
+            if not set(client.methods) <= set(METHODS):
+                raise UsageError(f"{where}.methods has unknown names.", expected=METHODS, found=list(client.methods))
+
 
 def _validate_client(client: ClientReport) -> None:
     where = f"clients[{client.id}]"
@@ -231,11 +230,9 @@ def _validate_client(client: ClientReport) -> None:
     _check_number(f"{where}.n_test", client.n_test, low=1)
     for name in ("tinylm", "llm_base", "generated", "llm_finetuned"):
         _check_number(f"{where}.{name}", getattr(client, name), low=0.0, high=1.0, optional=name == "llm_finetuned")
-    _check_names(f"{where}.controls", client.controls, CONTROLS)
+    # Reports of a version with other controls or methods stay readable: names are open, values are not.
     for name, value in client.controls.items():
         _check_number(f"{where}.controls.{name}", value, low=0.0, high=1.0, optional=True)
-    if not set(client.methods) <= set(METHODS):
-        raise UsageError(f"{where}.methods has unknown names.", expected=METHODS, found=list(client.methods))
     for name, value in client.methods.items():
         _check_number(f"{where}.methods.{name}", value, low=0.0, high=1.0)
     for name, value in client.nll.items():
@@ -263,7 +260,3 @@ def _check_number(
 def _check_names(where: str, found: Mapping[str, object], expected: Sequence[str]) -> None:
     if set(found) != set(expected):
         raise UsageError(f"{where} has other names than it must have.", expected=list(expected), found=list(found))
-
-
-def _known_fields(cls: Any, data: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: data[name] for name in (spec.name for spec in fields(cls)) if name in data}

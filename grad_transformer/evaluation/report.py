@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..adapters.io import read_json, write_json_atomic, write_text_atomic
+from ..adapters.io import read_record, write_json_atomic, write_text_atomic
 from ..adapters.statistics import BlockAgreement, DeltaReproducibility
 from ..constants import REPORT_NAME
+from ..schemas import Object
 from .figures import draw_figures
 from .records import KINDS, ClientReport, HeldoutScores, Report
 from .tables import markdown, summary_table
@@ -61,6 +62,7 @@ def build_report(
         clients=list(clients),
         blocks=blocks,
     )
+    report.check_names()
     report.validate()
     return report
 
@@ -97,7 +99,7 @@ def read_report(path: str | Path) -> Report:
     Raises:
         [`IncompleteArtifactError`]: there is no such file, or it is no JSON object.
         [`FormatVersionError`]: it is newer than this version.
-        [`UsageError`]: a field is missing, or out of its range.
+        [`UsageError`]: a field is missing, of another type, or out of its range.
     """
     path = Path(path)
-    return Report.from_dict(read_json(path / REPORT_NAME if path.is_dir() else path))
+    return Report.from_dict(read_record(path / REPORT_NAME if path.is_dir() else path, Object))

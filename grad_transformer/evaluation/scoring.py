@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -17,6 +17,8 @@ from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import DataError
+from ..finetuning.columns import message_text
+from ..finetuning.tokens import RenderedPrompt, encode, render_prompt
 from .answers import best_over_references
 from .metrics import exact_match
 
@@ -67,7 +69,7 @@ def score_rows(
     """
     references = [completion for _, completion in _texts(rows, tokenizer)]
     if max_new_tokens is None:
-        longest = max(len(_ids(tokenizer, reference, special=False)) for reference in references)
+        longest = max(map(len, encode(tokenizer, references, special=False)))
         max_new_tokens = longest + bool(end_token_ids(model, tokenizer))
     generated = generate_completions(model, tokenizer, rows, max_new_tokens=max_new_tokens, batch_size=batch_size)
     predictions = [text.strip() for text in generated]
@@ -119,7 +121,13 @@ def generate_tokens(
     prompts = [_prompt(row, index, tokenizer) for index, row in enumerate(_mappings(rows))]
     if not prompts:
         raise DataError("There are no prompts.", expected="at least one row", found=0)
-    prompt_ids = [_ids(tokenizer, prompt.text, special=not prompt.templated) for prompt in prompts]
+    prompt_ids = _ids(tokenizer, prompts)
+    if not all(prompt_ids):
+        raise DataError(
+            f"The prompt of row {prompt_ids.index([])} has no tokens.",
+            expected="a prompt that the tokenizer does not drop",
+            found=repr(prompts[prompt_ids.index([])].text[:80]),
+        )
     # Prompts of like length share a batch, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda row: len(prompt_ids[row]))
     completions: list[list[int]] = [[] for _ in prompts]
@@ -150,9 +158,10 @@ def completion_nll(
     """
     sequences: list[list[int]] = []
     starts: list[int] = []
-    for prompt, completion in _texts(rows, tokenizer):
-        prompt_ids = _ids(tokenizer, prompt.text, special=not prompt.templated)
-        whole_ids = _ids(tokenizer, prompt.text + completion, special=not prompt.templated)
+    texts = _texts(rows, tokenizer)
+    prompts = [prompt for prompt, _ in texts]
+    whole = [replace(prompt, text=prompt.text + completion) for prompt, completion in texts]
+    for prompt_ids, whole_ids in zip(_ids(tokenizer, prompts), _ids(tokenizer, whole), strict=True):
         start = next(
             (i for i, (a, b) in enumerate(zip(prompt_ids, whole_ids, strict=False)) if a != b),
             min(len(prompt_ids), len(whole_ids)),
@@ -179,18 +188,12 @@ def completion_nll(
     return losses
 
 
-@dataclass(frozen=True)
-class _Prompt:
-    text: str
-    templated: bool
-
-
-def _texts(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[tuple[_Prompt, str]]:
+def _texts(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[tuple[RenderedPrompt, str]]:
     texts = []
     for index, row in enumerate(_mappings(rows)):
         prompt, completion = _prompt(row, index, tokenizer), _column(row, index, "completion")
         if not isinstance(completion, str):
-            completion = "".join(message["content"] for message in completion)
+            completion = "".join(message_text(message) for message in completion)
         # Stripped for the metric only: its leading space may belong to the completion's first token.
         texts.append((prompt, completion))
     if not texts:
@@ -198,12 +201,9 @@ def _texts(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[tuple[_Prompt
     return texts
 
 
-def _prompt(row: Mapping[str, Any], index: int, tokenizer: PreTrainedTokenizerBase) -> _Prompt:
-    prompt = _column(row, index, "prompt")
-    if isinstance(prompt, str):
-        return _Prompt(prompt, templated=False)
-    rendered = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return _Prompt(rendered, templated=True)
+def _prompt(row: Mapping[str, Any], index: int, tokenizer: PreTrainedTokenizerBase) -> RenderedPrompt:
+    _column(row, index, "prompt")
+    return render_prompt(tokenizer, row, index=index)
 
 
 def _column(row: Mapping[str, Any], index: int, name: str) -> Any:
@@ -216,9 +216,11 @@ def _mappings(rows: Rows) -> Iterable[Mapping[str, Any]]:
     return cast(Iterable[Mapping[str, Any]], rows)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
+def _ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[RenderedPrompt]) -> list[list[int]]:
+    texts = {kind: [prompt.text for prompt in prompts if prompt.templated == kind] for kind in (False, True)}
     # A rendered chat template holds its special tokens already.
-    return tokenizer(text, add_special_tokens=special)["input_ids"]
+    ids = {kind: iter(encode(tokenizer, texts[kind], special=not kind)) for kind in texts}
+    return [next(ids[prompt.templated]) for prompt in prompts]
 
 
 def _batches(order: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:

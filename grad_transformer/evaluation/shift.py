@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from ..adapters.io import read_json, resolve_folder, save_tensors_atomic, write_json_atomic
+from ..adapters.io import load_tensors, read_record, resolve_folder, save_tensors_atomic, write_json_atomic
 from ..adapters.rows import block_inverse_scale, column_chunks, column_mean, evenly_spaced
 from ..constants import FORMAT_VERSION, SHIFT_NAME, SHIFT_TENSORS_NAME
 from ..errors import DeltaDatasetError, IncompleteArtifactError, UsageError
+from ..schemas import ShiftRecord
 
 
 # Fewer training runs say nothing of what lies between them.
@@ -193,15 +193,36 @@ class ShiftReference:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ShiftReference | None:
-        """The reference in a local folder, `None` where there is none (mappers of version 0.1.0)."""
+        """The reference in a local folder, `None` where there is none (mappers of version 0.1.0).
+
+        Raises:
+            [`IncompleteArtifactError`]: a file is missing or damaged, or tensors and counts do not fit together.
+        """
         folder = Path(folder)
         if not (folder / SHIFT_NAME).is_file():
             return None
-        read_json(folder / SHIFT_NAME)
+        record = read_record(folder / SHIFT_NAME, ShiftRecord)
         path = folder / SHIFT_TENSORS_NAME
-        if not path.is_file():
-            raise IncompleteArtifactError("The shift reference lacks its tensors.", path=path, expected=path.name)
-        return cls(load_file(path))
+        tensors = load_tensors(path)
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        size, count = (tensors[name].numel() if name in tensors else 0 for name in ("mean", "deviations"))
+        expected = {
+            "mean": (size,),
+            "inverse_scale": (size,),
+            "directions": (count, size),
+            "deviations": (count,),
+            "shadows": (record["num_shadows"], count),
+            "heldout": (record["num_heldout"],),
+        }
+        if found != expected or 0 in (size, count) or not bool((tensors["deviations"] > 0).all()):
+            raise IncompleteArtifactError(
+                "The shift reference does not fit together.",
+                path=path,
+                expected=f"{expected}, not empty, with deviations above 0",
+                found=found,
+                remedy="train the mapper again, or download it again",
+            )
+        return cls(tensors)
 
 
 def load_shift_reference(mapper: str | Path, **hub_kwargs: Any) -> ShiftReference | None:

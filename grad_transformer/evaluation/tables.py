@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
+from ..wording import describe_seconds
 from .records import KINDS, METHODS, ClientReport, HeldoutScores, Report, pooled_pgr
 
 
@@ -22,6 +24,22 @@ _LABELS = {
     "random": "random",
     "llm_base": "LLM base",
 }
+# The same as rows for the terminal, in the order of `_LABELS`.
+_SUMMARY_LABELS = {
+    "tinylm": "TinyLM, fine-tuned by the client",
+    "generated": "LLM with the generated adapter",
+    "candidate": "LLM with the best candidate",
+    "refined": "LLM with that, refined on public prompts",
+    "llm_finetuned": "LLM, fine-tuned on the client's rows: the ceiling",
+    "nearest_shadow": "control: nearest shadow",
+    "ridge": "control: ridge regression",
+    "public_weak_to_strong": "control: weak-to-strong on public prompts",
+    "mean_shadow": "control: mean shadow",
+    "other_client": "control: another client's delta",
+    "random": "control: random delta of the same norm",
+    "llm_base": "LLM without an adapter",
+}
+_WIDTH = 100
 # Two scores that differ by less are called equal.
 _SAME = 0.02
 
@@ -55,19 +73,32 @@ def headline(heldout: HeldoutScores) -> list[str]:
 
 
 def summary_table(report: Report) -> str:
-    """Plain text for the terminal: the headline, and means by kind of client."""
-    names = _known_names(report.clients)
-    header = ["clients", "n", *(_LABELS[name] for name in names), *_pgr_labels(names)]
-    rows = [_kind_row(kind, clients, names) for kind, clients in _by_kind(report.clients)]
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = headline(report.heldout)
-    if rows:
+    """Plain text for the terminal, of at most 100 columns: the headline, and means by kind of client."""
+    lines = _wrapped(headline(report.heldout))
+    grouped = _by_kind(report.clients)
+    if grouped:
+        names = _known_names(report.clients)
+        labels = ["number of clients", *(_SUMMARY_LABELS[name] for name in names)]
+        labels += ["PGR %, generated", *(f"PGR %, {name}" for name in _methods_with_pgr(names))]
+        columns = [[kind, *_kind_row(kind, clients, names)[1:]] for kind, clients in grouped]
         lines += ["", "Mean scores by kind of client, and the PGR of these means:"]
-        for row in [header, *rows]:
-            cells = [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-            lines.append("  ".join(cells).rstrip())
-    lines += ["", f"Delta reproducibility: {_reproducibility(report)}", f"Wall time: {_wall_time(report)}"]
-    return "\n".join(lines)
+        lines += _aligned([["", *labels], *columns])
+    last = [f"Delta reproducibility: {_reproducibility(report)}", f"Wall time: {_wall_time(report)}"]
+    return "\n".join([*lines, "", *_wrapped(last)])
+
+
+def _wrapped(sentences: Iterable[str]) -> list[str]:
+    return [line for sentence in sentences for line in textwrap.wrap(sentence, _WIDTH)]
+
+
+def _aligned(columns: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table given by columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for first, *others in zip(*columns, strict=True):
+        cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def markdown(report: Report, *, figures: Sequence[str] = ()) -> str:
@@ -238,8 +269,8 @@ def _reproducibility(report: Report) -> str:
 def _wall_time(report: Report) -> str:
     if not report.wall_seconds:
         return "not measured."
-    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.wall_seconds.items())
-    return f"{sum(report.wall_seconds.values()):.1f} s in all: {stages}."
+    stages = ", ".join(f"{stage} {describe_seconds(seconds)}" for stage, seconds in report.wall_seconds.items())
+    return f"{describe_seconds(sum(report.wall_seconds.values()))} in all: {stages}."
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -24,7 +24,6 @@ class Capitals(Task):
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -34,8 +33,9 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..documents import parse_json
 from ..errors import DataError
-from ..finetuning.data import load_table
+from ..finetuning.sources import load_table
 from .answers import ANSWER_MARK, SPAN_SEPARATOR, final_letter, final_number, rouge1, same_spans
 from .scoring import Rows, RowScores, score_rows
 
@@ -302,7 +302,7 @@ TASKS: dict[str, Task] = {
 
 def _structure(value: Any) -> Any:
     """A list or mapping; a CSV file holds it as JSON."""
-    return json.loads(value) if isinstance(value, str) else value
+    return parse_json(value) if isinstance(value, str) else value
 
 
 def _letter(value: str) -> str:

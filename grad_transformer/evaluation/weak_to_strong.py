@@ -19,10 +19,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ..adapters import LoraAdapter
-from ..adapters.io import read_json, write_json_atomic
+from ..adapters.io import read_record, write_json_atomic
 from ..constants import FORMAT_VERSION
 from ..finetuning import FineTuningRecipe, SftResult, SftTrainer, check_rows, run_sft, write_adapter_tensors
-from ..finetuning.data import IGNORED_LABEL
+from ..finetuning.tokens import IGNORED_LABEL
+from ..schemas import WeakLabelsRecord
 from ..tokenization_lora_delta import LoraDeltaTokenizer
 from .clients import AdapterScorer
 from .scoring import generate_completions
@@ -124,8 +125,8 @@ def weak_labels(
     facts = {"prompts": prompts, "adapter": adapter.sha256(), "max_new_tokens": max_new_tokens}
     fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     path = None if cache is None else Path(cache)
-    found = read_json(path) if path is not None and path.is_file() else {}
-    if found.get("fingerprint") == fingerprint:
+    found = read_record(path, WeakLabelsRecord) if path is not None and path.is_file() else {}
+    if found.get("fingerprint") == fingerprint and len(found.get("labels", ())) == len(prompts):
         labels = found["labels"]
     else:
         write_adapter_tensors(tinylm.model, adapter.tensors)

@@ -1,170 +1,116 @@
-"""Rows of text for fine-tuning: read, checked, tokenised with completion-only labels, and put in order."""
+"""Rows of text for fine-tuning: loaded, checked, and put in order."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, Value, load_dataset
-from datasets.exceptions import DatasetsError
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from transformers import PreTrainedTokenizerBase
-from transformers.utils import logging
+from datasets import Dataset, DatasetInfo, Features, Json, Value
+from datasets.fingerprint import generate_random_fingerprint
 
 from ..errors import DataError
+from .columns import COMPLETION, PROMPT, TASK, TOOLS, ColumnNames, Example, RowShape, check_same_kind
+from .reading import SourceRow
+from .sources import RowSource, dataset_rows
 
 
-logger = logging.get_logger(__name__)
+# Rows of one piece of a table, whose text must stay below 2 GiB.
+_ROWS_OF_A_PIECE = 100
+_KEPT = "kept"
+_COLUMNS = (PROMPT, COMPLETION, TASK, TOOLS, _KEPT)
 
-IGNORED_LABEL = -100
-_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_COLUMNS = ("prompt", "completion", "task")
 
-
-def load_rows(path_or_repo: str | Path, *, split: str = "train", revision: str | None = None) -> Dataset:
+def load_rows(
+    path_or_repo: str | Path,
+    *,
+    split: str = "train",
+    revision: str | None = None,
+    name: str | None = None,
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+    keep_column: str | None = None,
+    keep_cache: bool = True,
+) -> Dataset:
     """Read rows and check them.
 
+    A file is read strictly and as it is written: no type is guessed, no path is a pattern, nothing is cached, and an
+    error names the line. Rows are `prompt` and `completion`; or `messages`, whose last turn of the assistant is the
+    completion; or Alpaca's `instruction`, `input` and `output`.
+
     Args:
-        path_or_repo (`str` or `Path`): a `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder of such files, or the
-            id of a dataset on the Hub.
-        split (`str`, *optional*, defaults to `"train"`): split, or part of one (`"train[:1000]"`).
-        revision (`str`, *optional*): revision on the Hub.
+        path_or_repo (`str` or `Path`): a `.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv` or `.parquet` file, all but the
+            last also as `.gz`, in UTF-8; a folder of such files; or a dataset on the Hub, `org/name`,
+            `org/name:configuration`, `org/name@revision`, or its pasted address.
+        split (`str`, *optional*, defaults to `"train"`): split, or part of one (`"train[:1000]"`). A file has any.
+        revision, name (`str`, *optional*): revision and configuration of a dataset on the Hub.
+        prompt_column, completion_column (`str`, *optional*): where the columns are called otherwise.
+        keep_column (`str`, *optional*): a further column that the result keeps, as text: the group of a row, say.
+        keep_cache (`bool`, *optional*, defaults to `True`): whether `datasets` keeps its table of a dataset on the
+            Hub.
 
     Returns:
-        `datasets.Dataset` with columns `prompt` and `completion`, both strings or both lists of messages, and `task`
-        (string) where there is one.
+        `datasets.Dataset` in memory, with columns `prompt` and `completion`, both strings or both lists of messages,
+        and where there are some `task` (string) and `tools` (lists of JSON schemas).
 
     Raises:
-        [`DataError`]: nothing to read there, no such split, a missing column, no rows, or a row without text.
+        [`DataError`]: nothing to read there, no such split, a damaged file, a missing column, no rows, or a row that
+            cannot be trained on: numbers, empty prompts and empty completions are refused.
     """
-    return check_rows(load_table(path_or_repo, split=split, revision=revision), path=path_or_repo)
+    source = RowSource.of(
+        path_or_repo,
+        split=split,
+        revision=revision,
+        name=name,
+        prompt_column=prompt_column,
+        completion_column=completion_column,
+    )
+    return load_source(source, keep_column=keep_column, keep_cache=keep_cache)
 
 
-def load_table(
-    path_or_repo: str | Path, *, split: str = "train", revision: str | None = None, name: str | None = None
-) -> Dataset:
-    """Read a table with any columns; arguments as in [`load_rows`].
+def load_source(source: RowSource, *, keep_column: str | None = None, keep_cache: bool = True) -> Dataset:
+    """[`load_rows`] of a source."""
 
-    Args:
-        name (`str`, *optional*): configuration of a dataset on the Hub.
-
-    Raises:
-        [`DataError`]: nothing to read there, or no such split.
-    """
-    path = Path(path_or_repo)
     try:
-        if path.is_file():
-            table = _load_files(path, split)
-        elif path.is_dir() and any(path.glob("*.csv")):
-            table = load_dataset("csv", data_dir=str(path), split=split, **_csv_as_text(next(path.glob("*.csv"))))
-        else:
-            table = load_dataset(str(path_or_repo), name, split=split, revision=revision)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        pa.ArrowException,
-        DatasetsError,
-        HfHubHTTPError,
-        HFValidationError,
-    ) as cause:
-        if isinstance(cause, DataError):
+        columns = replace(source.columns, keep=keep_column)
+        return _table(source.read(columns.choose, keep_cache=keep_cache), columns, path=source.path)
+    except DataError as error:
+        if error.path is not None:
             raise
-        lines = str(cause).strip().splitlines()
         raise DataError(
-            "The rows cannot be read.",
-            path=path_or_repo,
-            expected=f"split {split!r} of a {', '.join(_BUILDERS)} file, a folder of them, or a dataset on the Hub",
-            found=f"{type(cause).__name__}: {lines[0] if lines else ''}",
-            remedy="check the path, the split and, for the Hub, the network and your access token",
-        ) from cause
-    return table
+            error.message, path=source.path, expected=error.expected, found=error.found, remedy=error.remedy
+        ) from error
 
 
-def check_rows(rows: Dataset | Iterable[Mapping[str, Any]], *, path: str | Path | None = None) -> Dataset:
+def check_rows(
+    rows: Dataset | Iterable[Mapping[str, Any]],
+    *,
+    path: str | Path | None = None,
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+) -> Dataset:
     """Keep the columns that are used, and refuse rows that cannot be trained on.
 
-    Raises:
-        [`DataError`]: a missing column, no rows, or a row whose prompt and completion are not both text, or both lists
-            of messages (`{"role": ..., "content": ...}`).
-    """
-    if not isinstance(rows, Dataset):
-        rows = Dataset.from_list([dict(row) for row in rows])
-    if not len(rows):
-        raise DataError("There are no rows.", path=path, expected="at least one row", found=0)
-    missing = [name for name in _COLUMNS[:2] if name not in rows.column_names]
-    if missing:
-        raise DataError(
-            f"The rows have no column `{'` and no column `'.join(missing)}`.",
-            path=path,
-            expected="columns prompt, completion and, optionally, task",
-            found=", ".join(rows.column_names) or "no columns",
-            remedy="rename the columns",
-        )
-    rows = rows.select_columns([name for name in _COLUMNS if name in rows.column_names])
-    conversational = _is_conversation(rows[0]["prompt"])
-    valid = _is_conversation if conversational else _is_text
-    for name in _COLUMNS[:2]:
-        for index, value in enumerate(rows[name]):
-            if not valid(value):
-                raise DataError(
-                    f"`{name}` of row {index} is not {'a list of messages' if conversational else 'text'}.",
-                    path=path,
-                    expected="prompt and completion both strings, or both non-empty lists of messages, in all rows",
-                    found=f"{str(value)[:80]!r} ({type(value).__name__})",
-                    remedy="convert the column; digits must be quoted in JSON",
-                )
-    if "task" in rows.column_names and rows.features["task"] != Value("string"):
-        rows = rows.cast_column("task", Value("string"))
-    return rows
-
-
-def tokenize_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Token ids and labels as TRL's `SFTTrainer` makes them: loss on the completion alone.
-
-    A string completion gets the tokenizer's end token unless it ends with it; messages go through the chat template.
-    The completion begins where the tokens of the prompt and those of prompt plus completion part. The first token
-    never has a label, since nothing predicts it.
-
     Args:
-        rows (`datasets.Dataset`): columns `prompt`, `completion`; see [`load_rows`].
-        tokenizer (`PreTrainedTokenizerBase`): the base model's.
-        max_length (`int`): longer sequences lose their end.
+        rows (`Dataset` or `Iterable[Mapping]`): a dataset, a list of dicts, or a pandas DataFrame; columns as in
+            [`load_rows`].
+        path (`str` or `Path`, *optional*): where they are from, for messages.
+        prompt_column, completion_column (`str`, *optional*): where the columns are called otherwise.
 
     Returns:
-        `datasets.Dataset` of the same length and order: `input_ids`, `labels` (-100 where there is no loss).
+        as [`load_rows`].
 
     Raises:
-        [`DataError`]: a row whose prompt alone fills `max_length`, or a tokenizer without end token or chat template.
+        [`DataError`]: as [`load_rows`], or something that is no rows.
     """
-    prompts, completions = list(rows["prompt"]), list(rows["completion"])
-    if _is_conversation(prompts[0]):
-        prompt_ids, full_ids = _tokenize_conversations(prompts, completions, tokenizer)
-    else:
-        prompt_ids, full_ids = _tokenize_texts(prompts, completions, tokenizer)
-    labels = []
-    for index, (prompt, full) in enumerate(zip(prompt_ids, full_ids, strict=True)):
-        start = _common_prefix(prompt, full)
-        if start < len(prompt):
-            logger.warning_once(
-                "The tokens of a prompt are not the first tokens of prompt and completion together; its completion is "
-                "taken to begin where they part. End prompts where a token ends. (This is said once.)"
-            )
-        ids = full[:max_length]
-        row_labels = [IGNORED_LABEL] * max(start, 1) + ids[max(start, 1) :]
-        labels.append(row_labels[: len(ids)])
-        if all(label == IGNORED_LABEL for label in labels[-1]):
-            raise DataError(
-                f"Row {index} has no token to learn from within `max_length`.",
-                expected=f"a prompt shorter than {max_length} tokens, and a completion",
-                found=f"a prompt of {start} tokens, {len(full) - start} tokens of completion",
-                remedy="raise max_length in the recipe, shorten the prompt, or drop the row",
-            )
-    return Dataset.from_dict({"input_ids": [ids[:max_length] for ids in full_ids], "labels": labels})
+
+    columns = ColumnNames(prompt_column, completion_column)
+    given = dataset_rows(rows, columns.choose, path=path) if isinstance(rows, Dataset) else _given_rows(rows, path)
+    return _table(given, columns, path=path)
 
 
 def row_order(num_rows: int, num_examples_needed: int, seed: int) -> list[int]:
@@ -178,80 +124,68 @@ def row_order(num_rows: int, num_examples_needed: int, seed: int) -> list[int]:
     return np.concatenate(order)[:num_examples_needed].tolist() if order else []
 
 
-def _load_files(path: Path, split: str) -> Dataset:
-    builder = _BUILDERS.get(path.suffix.lower())
-    if builder is None:
+def _given_rows(rows: Any, path: str | Path | None) -> Iterator[SourceRow]:
+    if hasattr(rows, "to_dict") and hasattr(rows, "columns"):
+        rows = rows.to_dict("records")  # a pandas DataFrame
+    if isinstance(rows, Mapping | str | bytes) or not isinstance(rows, Iterable):
+        splits = isinstance(rows, Mapping) and all(isinstance(value, Dataset) for value in rows.values())
         raise DataError(
-            "Files of this kind are not read.",
+            "These are no rows.",
             path=path,
-            expected=", ".join(_BUILDERS),
-            found=path.suffix or "no suffix",
+            expected="a Dataset, a list of dicts, or a DataFrame",
+            found=f"{type(rows).__name__}" + (f" of splits {', '.join(map(str, rows))}" if splits else ""),
+            remedy='choose a split: rows["train"]' if splits else "load files with `load_rows`",
         )
-    options = _csv_as_text(path) if builder == "csv" else {}
-    name = split.partition("[")[0]
-    return load_dataset(builder, data_files={name: str(path)}, split=split, **options)
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DataError(
+                f"Row {index} is no row.", path=path, expected="a dict of columns", found=type(row).__name__
+            )
+        yield SourceRow(path, f"row {index}", row)
 
 
-def _csv_as_text(path: Path) -> dict[str, Any]:
-    """Read every column as text: a completion `012` must not become the number 12, nor `NA` a missing value."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        header = next(csv.reader(file), [])
-    return {"features": Features({name: Value("string") for name in header}), "keep_default_na": False}
+def _table(rows: Iterable[SourceRow], columns: ColumnNames, *, path: str | Path | None) -> Dataset:
+    """Checked rows as an Arrow table in memory, which grows piece by piece."""
+    first: Example | None = None
+    shape: RowShape | None = None
+    pieces: list[pa.RecordBatch] = []
+    piece: list[Example] = []
+    for row in rows:
+        shape = shape or columns.shape(row.values)
+        example = shape.read(row)
+        first = first or example
+        check_same_kind(row, example, first)
+        piece.append(example)
+        if len(piece) == _ROWS_OF_A_PIECE:
+            pieces.append(_piece(piece, first.conversational))
+            piece = []
+    if first is None:
+        raise DataError("There are no rows.", path=path, expected="at least one row", found=0)
+    if piece:
+        pieces.append(_piece(piece, first.conversational))
+    table = pa.Table.from_batches(pieces)
+    table = table.drop_columns([name for name in (TASK, TOOLS, _KEPT) if table[name].null_count == len(table)])
+    if _KEPT in table.column_names:
+        known = columns.keep in table.column_names
+        table = table.drop_columns([_KEPT]) if known else table.rename_columns({_KEPT: str(columns.keep)})
+    text = Json() if first.conversational else Value("string")
+    kinds = {PROMPT: text, COMPLETION: text, TOOLS: Json()}
+    info = DatasetInfo(features=Features({name: kinds.get(name, Value("string")) for name in table.column_names}))
+    # A fingerprint of its own: `datasets` would hash all of the table for one.
+    return Dataset(table, info=info, fingerprint=generate_random_fingerprint())
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_conversation(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(item, Mapping) and "role" in item and "content" in item for item in value)
+def _piece(examples: list[Example], conversational: bool) -> pa.RecordBatch:
+    columns = {name: [getattr(example, name) for example in examples] for name in _COLUMNS}
+    as_json = {PROMPT: conversational, COMPLETION: conversational, TOOLS: True}
+    return pa.RecordBatch.from_pydict(
+        {
+            name: _json(values) if as_json.get(name) else pa.array(values, pa.string())
+            for name, values in columns.items()
+        }
     )
 
 
-def _tokenize_texts(
-    prompts: Sequence[str], completions: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[list[int]], list[list[int]]]:
-    end = tokenizer.eos_token
-    if end is None:
-        raise DataError(
-            "The tokenizer has no end token, so a model could not learn where completions end.",
-            path=tokenizer.name_or_path,
-            expected="an eos_token",
-            remedy="set tokenizer.eos_token and save the tokenizer beside the base model",
-        )
-    texts = [
-        prompt + (completion if completion.endswith(end) else completion + end)
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
-    return tokenizer(text=list(prompts))["input_ids"], tokenizer(text=texts)["input_ids"]
-
-
-def _tokenize_conversations(
-    prompts: Sequence[list[Any]], completions: Sequence[list[Any]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[list[int]], list[list[int]]]:
-    if tokenizer.chat_template is None:
-        raise DataError(
-            "The rows are conversations, but the tokenizer has no chat template.",
-            path=tokenizer.name_or_path,
-            expected="a tokenizer with a chat_template",
-            remedy="use an instruction-tuned base model, or rows of plain text",
-        )
-    prompt_ids, full_ids = [], []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        rendered = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, add_generation_prompt=True)
-        prompt_ids.append(rendered["input_ids"])
-        rendered = tokenizer.apply_chat_template(prompt + completion, tokenize=True, return_dict=True)
-        full_ids.append(rendered["input_ids"])
-    return prompt_ids, full_ids
-
-
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    length = 0
-    for left, right in zip(first, second, strict=False):
-        if left != right:
-            break
-        length += 1
-    return length
+def _json(values: list[Any]) -> pa.Array:
+    texts = [None if value is None else json.dumps(value, ensure_ascii=False, allow_nan=False) for value in values]
+    return pa.ExtensionArray.from_storage(pa.json_(), pa.array(texts, pa.string()))

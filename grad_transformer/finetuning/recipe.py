@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers import SchedulerType
 from trl import SFTConfig
 
 from ..constants import FORMAT_VERSION
+from ..documents import describe
 from ..errors import FormatVersionError, RecipeError
 
 
@@ -82,8 +83,9 @@ class FineTuningRecipe:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _typed(field, getattr(self, field.name)))
-        for name, low in _MINIMA.items():
-            self._check(name, getattr(self, name) >= low, f"{low} or more")
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            self._check(name, value is None or low <= value <= high, f"from {low} to {high:,}")
         self._check("learning_rate", self.learning_rate > 0, "more than 0")
         for name in ("adam_beta1", "adam_beta2"):
             self._check(name, getattr(self, name) < 1, "below 1")
@@ -97,6 +99,14 @@ class FineTuningRecipe:
             self._check(
                 "snapshot_every", 1 <= self.snapshot_every <= self.max_steps, f"1 to {self.max_steps}, or null"
             )
+        self._check(
+            "gradient_accumulation_steps",
+            self.rows_per_step <= _MAX_ROWS_PER_STEP,
+            f"at most {_MAX_ROWS_PER_STEP:,} rows of one optimizer step",
+        )
+        every = self.snapshot_every
+        snapshots = self.snapshot_last + (0 if every is None else self.max_steps // every)
+        self._check("snapshot_every", snapshots <= _MAX_SNAPSHOTS, f"at most {_MAX_SNAPSHOTS:,} snapshots of a run")
         self._check("early_stopping_threshold", 0 <= self.early_stopping_threshold < 1, "0 or more, below 1")
         if self.early_stopping_window is not None:
             low = self.snapshot_last
@@ -158,7 +168,7 @@ class FineTuningRecipe:
         """
         fields = dict(data)
         version = fields.pop("format_version", FORMAT_VERSION)
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if isinstance(version, bool) or not isinstance(version, int) or version > FORMAT_VERSION:
             raise FormatVersionError(
                 "The fine-tuning recipe was written by a newer version of grad_transformer.",
                 path=path,
@@ -218,19 +228,25 @@ class FineTuningRecipe:
         return SFTConfig(**{**settings, **overrides})
 
 
-_MINIMA: dict[str, float] = {
-    "max_steps": 1,
-    "per_device_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "adam_beta1": 0,
-    "adam_beta2": 0,
-    "adam_epsilon": 0,
-    "weight_decay": 0,
-    "max_grad_norm": 0,
-    "warmup_steps": 0,
-    "max_length": 2,
-    "snapshot_last": 1,
+# From and to: what lies above asks for more time or memory than any fine-tune of an adapter has use for.
+_RANGES: dict[str, tuple[float, float]] = {
+    "learning_rate": (0, 100),
+    "max_steps": (1, 1_000_000),
+    "per_device_batch_size": (1, 65_536),
+    "gradient_accumulation_steps": (1, 65_536),
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_epsilon": (0, 1_000),
+    "weight_decay": (0, 1_000),
+    "max_grad_norm": (0, 1e9),
+    "warmup_steps": (0, 1_000_000),
+    "max_length": (2, 1_048_576),
+    "snapshot_last": (1, 10_000),
+    "snapshot_every": (1, 1_000_000),
+    "early_stopping_window": (1, 1_000_000),
 }
+_MAX_ROWS_PER_STEP = 1_048_576
+_MAX_SNAPSHOTS = 10_000
 
 
 def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
@@ -243,12 +259,14 @@ def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
         return str(getattr(value, "value", value))
     if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
         return int(value)
-    if kind == "float" and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    # An integer of Python may be larger than any float.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == "float" and is_number and abs(value) <= sys.float_info.max:
         return float(value)
     raise RecipeError(
         f"`{field.name}` of the fine-tuning recipe has the wrong type.",
         expected=f"a finite {field.type}" if kind == "float" else field.type,
-        found=f"{value!r} ({type(value).__name__})",
+        found=describe(value),
         remedy="YAML reads `3e-4` as text: write `3.0e-4`" if isinstance(value, str) else None,
     )
 

@@ -26,10 +26,11 @@ from trl import SFTTrainer
 
 from ..adapters import Root
 from ..errors import RecipeError
-from .data import IGNORED_LABEL, row_order, tokenize_rows
+from .data import row_order
 from .early_stopping import dropout_seed, has_converged
 from .models import check_finite, check_moved, read_adapter_tensors, write_adapter_tensors
 from .recipe import FineTuningRecipe
+from .tokens import IGNORED_LABEL, tokenize_rows
 
 
 Recorder = Callable[[int, Mapping[str, torch.Tensor]], None]

@@ -7,7 +7,6 @@ Making a card asks nothing of the network.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +29,7 @@ from ..constants import (
 from ..errors import UsageError
 from .card_facts import Facts, adapter_facts, delta_dataset_facts, mapper_facts
 from .kinds import EVAL_RESULTS_NAME, RepoKind
+from .public import read_public_json
 
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -107,11 +107,7 @@ def _parse(card_class: Any, content: str, repo_id: str) -> Any:
 def _facts(kind: RepoKind, files: Mapping[str, Path | bytes], repo_id: str) -> Facts:
     def read(name: str) -> dict[str, Any]:
         content = files.get(name)
-        if content is None:
-            return {}
-        text = content.decode() if isinstance(content, bytes) else content.read_text(encoding="utf-8")
-        data: dict[str, Any] = json.loads(text)
-        return data
+        return {} if content is None else dict(read_public_json(name, content))
 
     if kind.name == "delta_dataset":
         return delta_dataset_facts(repo_id, read(DELTA_DATASET_NAME))

@@ -29,7 +29,8 @@ from ..constants import (
     TRAINING_LOG_NAME,
 )
 from ..errors import IncompleteArtifactError, UsageError
-from ..files import read_json
+from ..files import read_record
+from ..schemas import AdapterMetadataRecord, ModelConfigRecord
 from .repos import check_allowed
 
 
@@ -111,7 +112,7 @@ KINDS = {
     )
 }
 # What training leaves beside a mapper to go on from: never part of it.
-_WORKING_STATE = re.compile(r"(^|/)(\.|checkpoint-\d+(/|$)|runs(/|$)|training_args\.json$|report\.md$)")
+_WORKING_STATE = re.compile(r"(^|/)(\.|checkpoint-\d+(/|$)|runs(/|$)|training_(args|identity)\.json$|report\.md$)")
 
 
 def find_kind(folder: Path) -> RepoKind:
@@ -128,11 +129,10 @@ def find_kind(folder: Path) -> RepoKind:
         )
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         path = folder / ADAPTER_METADATA_NAME
-        generated = path.is_file() and "generated" in read_json(path)
+        generated = path.is_file() and "generated" in read_record(path, AdapterMetadataRecord)
         return KINDS["generated_adapter" if generated else "client_adapter"]
-    if (folder / "config.json").is_file() and read_json(folder / "config.json").get(
-        "model_type"
-    ) == "grad_transformer":
+    config = folder / "config.json"
+    if config.is_file() and read_record(config, ModelConfigRecord).get("model_type") == "grad_transformer":
         return KINDS["mapper"]
     raise IncompleteArtifactError(
         "The folder holds nothing that is published.",

@@ -13,6 +13,8 @@ from huggingface_hub import get_token
 
 from ..constants import REPORT_FOLDER, REPORT_NAME
 from ..errors import UsageError
+from ..files import parse_record, read_record
+from ..schemas import FILES, Object
 
 
 TOKEN = re.compile(rb"\b(?:hf|api_org)_[A-Za-z0-9]{20,}")
@@ -35,8 +37,7 @@ def public_files(files: Mapping[str, Path | bytes]) -> dict[str, Path | bytes]:
     for name, content in files.items():
         if not name.endswith(".json"):
             continue
-        text = content.decode() if isinstance(content, bytes) else content.read_text(encoding="utf-8")
-        data = json.loads(text)
+        data = read_public_json(name, content)
         shown = without_paths(data)
         if name == f"{REPORT_FOLDER}/{REPORT_NAME}":
             shown, nameless = without_client_names(shown)
@@ -47,6 +48,18 @@ def public_files(files: Mapping[str, Path | bytes]) -> dict[str, Path | bytes]:
         public.pop(_FIGURE_WITH_NAMES, None)
     check_public(public)
     return public
+
+
+def read_public_json(name: str, content: Path | bytes) -> dict[str, Any]:
+    """A JSON file of a repository as the schema of its name asks.
+
+    Raises:
+        [`UsageError`]: it is damaged.
+    """
+    schema = FILES.get(name.rsplit("/", 1)[-1], Object)
+    if isinstance(content, Path):
+        return dict(read_record(content, schema, error=UsageError))
+    return dict(parse_record(content, schema, path=name, error=UsageError))
 
 
 def without_paths(value: Any) -> Any:

@@ -10,12 +10,13 @@ from transformers.utils import logging
 
 from ..constants import CARD_NAME, ORIGIN_NAME, REPORT_FOLDER, REPORT_NAME
 from ..errors import IncompleteArtifactError, UsageError
-from ..files import atomic_write, read_json, write_json_atomic
+from ..files import atomic_write, read_record, write_json_atomic
+from ..schemas import ReportRecord
 from .cards import card_files
 from .kinds import KINDS, RepoKind, files_of, find_kind
 from .public import public_files
 from .repos import Published, publish
-from .revisions import fetch, split_revision
+from .revisions import fetch, read_origin, split_revision
 
 
 logger = logging.get_logger(__name__)
@@ -136,8 +137,8 @@ def pull_folder(
         )
     output = Path(output_dir)
     if output.is_dir() and any(output.iterdir()):
-        known = read_json(output / ORIGIN_NAME) if (output / ORIGIN_NAME).is_file() else {}
-        if known.get("repo_id") != fetched.origin.repo_id:
+        known = read_origin(output)
+        if known is None or known.repo_id != fetched.origin.repo_id:
             raise UsageError("The folder holds something else.", path=output, expected="a new folder")
         (output / ORIGIN_NAME).unlink()
     names = [path.relative_to(fetched.folder) for path in sorted(fetched.folder.rglob("*")) if path.is_file()]
@@ -153,6 +154,6 @@ def pull_folder(
 def _report_files(report_dir: Path, kind: RepoKind) -> dict[str, Path]:
     if kind.name != "mapper":
         raise UsageError("Only a mapper is published with a report.", path=report_dir, found=kind.name)
-    read_json(report_dir / REPORT_NAME)
+    read_record(report_dir / REPORT_NAME, ReportRecord)
     paths = [report_dir / REPORT_NAME, *sorted(report_dir.glob("*.png"))]
     return {f"{REPORT_FOLDER}/{path.name}": path for path in paths}

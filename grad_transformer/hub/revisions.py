@@ -22,7 +22,8 @@ from transformers.utils import logging
 
 from ..constants import ORIGIN_NAME
 from ..errors import HubError, UsageError
-from ..files import read_json, write_text_atomic
+from ..files import read_record, write_text_atomic
+from ..schemas import OriginRecord
 from .transfer import call_hub, cannot_connect, hub_error
 
 
@@ -227,8 +228,8 @@ def read_origin(folder: Path) -> Origin | None:
     path = folder / ORIGIN_NAME
     if not path.is_file():
         return None
-    data = read_json(path)
-    return Origin(str(data.get("repo_id")), data.get("revision"), str(data.get("sha")), data.get("private"))
+    data = read_record(path, OriginRecord)
+    return Origin(data["repo_id"], data.get("revision"), data["sha"], data.get("private"))
 
 
 def git_blob_sha(content: bytes) -> str:

@@ -16,12 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
-from ..adapters.io import read_json, write_json_atomic
+from ..adapters.io import read_record, write_json_atomic
 from ..constants import FORMAT_VERSION
 from ..errors import IncompleteArtifactError, UsageError
+from ..schemas import LabBaseRecord
+from ..wording import BAR_FORMAT
 from .inputs import NUM_DIGITS
 from .presets import BaseModelPreset
 from .tokenizer import EOS_TOKEN, PAD_TOKEN, TOKEN_IDS, VOCABULARY, make_lab_tokenizer
@@ -148,7 +151,7 @@ def pretrain(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_then_cosine(steps))
     losses = []
     model.train()
-    with logging.tqdm(total=steps, desc=description) as progress:
+    with tqdm(total=steps, desc=description, bar_format=BAR_FORMAT) as progress:
         for step in range(steps):
             input_ids, labels = world.pretraining_batch(rng, preset.pretraining_batch_size)
             # Only the answer is scored, so only its logits are computed.
@@ -164,7 +167,6 @@ def pretrain(
             progress.update()
             if (step + 1) % _LOG_EVERY == 0 or step + 1 == steps:
                 progress.set_postfix(loss=f"{losses[-1]:.3f}")
-                logger.info(f"{description}: step {step + 1} of {steps}, loss {losses[-1]:.4f}")
     model.eval()
     return losses
 
@@ -213,7 +215,7 @@ def _is_finished(folder: Path, fingerprint: str) -> bool:
             expected=BASE_MANIFEST_NAME,
             remedy=remedy,
         )
-    found = read_json(folder / BASE_MANIFEST_NAME).get("fingerprint")
+    found = read_record(folder / BASE_MANIFEST_NAME, LabBaseRecord)["fingerprint"]
     if found != fingerprint:
         raise UsageError(
             "The folder holds a base model of another seed or preset.",

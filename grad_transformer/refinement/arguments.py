@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from ..errors import UsageError
 
 
+# What refinement can start from; ties go to the first.
+CANDIDATES = ("mapper", "nearest_shadow", "ridge", "reduced_rank")
+
+
 @dataclass(frozen=True)
 class RefinementArguments:
     """How a generated adapter is refined on public prompts. Defaults were measured on tasks left out of the shadows.

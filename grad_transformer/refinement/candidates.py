@@ -13,10 +13,9 @@ from ..evaluation.controls import ShadowPredictor, fit_controls
 from ..evaluation.reduced_rank import ReducedRankRegression
 from ..modeling_grad_transformer import GradTransformer
 from ..shadow import DeltaDataset
+from .arguments import CANDIDATES
 
 
-# Ties go to the first.
-CANDIDATES = ("mapper", "nearest_shadow", "ridge", "reduced_rank")
 # Of fewer tasks none can be left out.
 MINIMUM_TASKS = 3
 
@@ -24,11 +23,8 @@ MINIMUM_TASKS = 3
 def fit_candidates(deltas: DeltaDataset) -> dict[str, ShadowPredictor]:
     """The predictors among `CANDIDATES` that learn from a delta dataset; without tasks, no reduced-rank regression."""
     train = deltas.pairs("train")
-    validation = deltas.pairs("validation" if "validation" in deltas.splits else "test")
     widths = deltas.source_layout.widths
-    fitted = fit_controls(
-        train.source, train.target, validation=(validation.source, validation.target), source_widths=widths
-    )
+    fitted = fit_controls(train.source, train.target, validation=deltas.tuning_pairs(), source_widths=widths)
     tasks = [task for task in train.tasks if task is not None]
     if len(tasks) == len(train.tasks) and len(set(tasks)) >= MINIMUM_TASKS:
         reduced = ReducedRankRegression(source_widths=widths)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters import Root
 from ..finetuning import FineTuningRecipe
-from ..finetuning.data import IGNORED_LABEL
+from ..finetuning.tokens import IGNORED_LABEL
 from ..shadow.batched import LabelledHead, run_batched
 from ..shadow.batches import Batches, FineTuneJob, default_tokens_per_pass
 from ..shadow.stacked import StackedAdapters

@@ -1,4 +1,4 @@
-'''What every command shares: its parser, its result, its logging.
+'''What every command shares: its parser, its result, checks of what it was given.
 
 A command `name` is one file, `scripts/name.py`. Its docstring says in one sentence what goes in and what comes out,
 and holds commands that can be pasted; it is also what `grad-transformer name --help` prints. Below it stand a
@@ -32,8 +32,8 @@ def main(args: AverageArguments) -> CommandResult:
 
 - The dataclass is the only list of flags: the YAML of `--config` has the same names, and `--json` and `--config` are
   added to every command. A field with `"positional": True` in its metadata is given without a flag.
-- `make_parser` may take several dataclasses, for instance one that extends `TrainingArguments`; `main` gets an
-  instance of each, in that order.
+- `make_parser` may take several dataclasses; `main` gets an instance of each, in that order. Where one extends a class
+  whose import takes seconds (`TrainingArguments`), `everything` gives the whole list when arguments are parsed.
 - `main` prints nothing and calls no `sys.exit`. It returns facts for machines (`--json`) and text for people, logs
   its progress through `transformers.utils.logging.get_logger(__name__)` (level info is shown), and raises a
   `GradTransformerError` where the user can mend something. `cli.py` turns these into stdout, stderr and exit codes.
@@ -42,24 +42,16 @@ def main(args: AverageArguments) -> CommandResult:
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
-import json
-import logging
-import math
-import os
+import re
 import sys
 import textwrap
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 
-import yaml
-from trl.scripts.utils import TrlParser
-
 from ..errors import GradTransformerError, UsageError
+from ._fields import add_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,27 +78,48 @@ class CommandResult:
     text: str
 
 
-class CommandParser(TrlParser):
-    """TRL's parser with the checks that YAML needs, and with errors that are raised, not printed.
+class CommandParser(argparse.ArgumentParser):
+    """Arguments from dataclasses, as flags and from the YAML of `--config`; errors are raised, not printed.
 
     Args:
         *argument_types (`type`): dataclasses whose fields are the command's arguments.
         command (`str`): name of the command.
         description (`str`, *optional*): docstring of the script.
+        everything (`Callable`, *optional*): gives the dataclasses with arguments that only `--help_all` shows; they
+            are loaded when arguments are parsed.
     """
 
-    def __init__(self, *argument_types: type, command: str, description: str | None = None):
+    def __init__(
+        self,
+        *argument_types: type,
+        command: str,
+        description: str | None = None,
+        everything: Callable[[], tuple[type, ...]] | None = None,
+    ):
         super().__init__(
-            dataclass_types=[*argument_types, OutputArguments],
             prog=f"grad-transformer {command}",
             description=textwrap.dedent(description or "").strip(),
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
+        self._command, self._everything = command, everything
+        self.dataclass_types = [*argument_types, OutputArguments]
+        for argument_type in self.dataclass_types:
+            add_fields(self, argument_type)
         group = next(group for group in self._action_groups if group.title == OutputArguments._argument_group_name)
         group.add_argument(
             "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file of arguments; flags override it."
         )
+        if everything is not None:
+            group.add_argument(
+                "--help_all", "--help-all", action="store_true", default=argparse.SUPPRESS, help=_HELP_ALL
+            )
+
+    def whole(self) -> CommandParser:
+        """The parser of all arguments, also of those that `--help` leaves out."""
+        if self._everything is None:
+            return self
+        return CommandParser(*self._everything(), command=self._command, description=self.description)
 
     def parse_command(self, argv: Sequence[str]) -> tuple[tuple[Any, ...], OutputArguments]:
         """Parse flags and the YAML of `--config`.
@@ -118,48 +131,40 @@ class CommandParser(TrlParser):
             [`UsageError`]: a flag or key that does not exist, a value of the wrong type, a required argument that is
                 missing, or a config file that cannot be read or is not a mapping.
         """
+        if self._everything is not None:
+            if {"--help_all", "--help-all"} & set(argv):
+                return self.whole().parse_command(["--help"])
+            if not {"--help", "-h"} & set(argv):
+                return self.whole().parse_command(argv)
         arguments, path = _join_config_flag(argv)
         try:
-            *own, output = self.parse_args_and_config(arguments)
+            if path is not None:
+                position = arguments.index("--config")
+                del arguments[position : position + 2]
+                self._take_defaults_from(path)
+            *own, output = self._parse_flags(arguments)
         except GradTransformerError as error:
             if path is not None and error.path is None and isinstance(error, _ConfigValueError):
                 raise UsageError(
                     error.message, path=path, expected=error.expected, found=error.found, remedy=error.remedy
                 ) from error
             raise
-        except OSError as error:
-            if path is None or error.filename != path:
-                raise
-            raise UsageError(
-                "The config file cannot be read.", path=path, expected="a YAML file", found=error.strerror
-            ) from error
-        except yaml.YAMLError as error:
-            raise UsageError("The config file is not valid YAML.", path=path, found=error) from error
         except ValueError as error:
             raise UsageError(str(error), path=path, remedy=f"see `{self.prog} --help`") from error
         return tuple(own), output
 
+    def print_help(self, file: Any = None) -> None:
+        super().print_help(file)
+        # Not only at exit: `cli.py` deals with a reader that has gone.
+        (file or sys.stdout).flush()
+
     def error(self, message: str) -> Any:
         """Called by argparse, which would print the usage and exit."""
+        message = _SAME_WITH_HYPHENS.sub(r"\1", message)
         raise UsageError(f"{message[:1].upper()}{message[1:]}.", remedy=f"see `{self.prog} --help`")
 
-    # Steps of TRL's and transformers' own parsing
-
-    @staticmethod
-    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
-        if field.metadata.get("positional"):
-            optional: dict[str, Any] = {}
-            if field.default is not dataclasses.MISSING:
-                optional = {"nargs": "?", "default": field.default}
-            parser.add_argument(field.name, type=field.type, help=field.metadata.get("help"), **optional)
-        else:
-            TrlParser._parse_dataclass_field(parser, field)
-
-    def parse_args_into_dataclasses(self, args: Sequence[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
-        # Never the `.args` file beside the program that transformers would look for.
-        *instances, unknown = super().parse_args_into_dataclasses(
-            args=args, return_remaining_strings=True, look_for_args_file=False
-        )
+    def _parse_flags(self, arguments: Sequence[str]) -> list[Any]:
+        namespace, unknown = self.parse_known_args(arguments)
         if unknown:
             flags = [option for action in self._actions for option in action.option_strings]
             raise UsageError(
@@ -167,12 +172,19 @@ class CommandParser(TrlParser):
                 found=" ".join(unknown),
                 remedy=self._did_you_mean(unknown[0].partition("=")[0], flags),
             )
-        return tuple(instances)
+        return [
+            kind(**{field.name: getattr(namespace, field.name) for field in dataclasses.fields(kind) if field.init})
+            for kind in self.dataclass_types
+        ]
 
-    def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
+    def _take_defaults_from(self, path: str) -> None:
+        # pydantic and yaml are not loaded for --help.
+        from ..files import read_yaml
+        from ..schemas import CommandConfig
+
+        config = read_yaml(path, CommandConfig)
         actions = {action.dest: action for action in reversed(self._actions) if action.dest not in ("help", "config")}
-        values = {}
-        for key, value in kwargs.items():
+        for key, value in config.items():
             if key not in actions:
                 raise _ConfigValueError(
                     f"Unknown key `{key}` in the config file.",
@@ -180,11 +192,15 @@ class CommandParser(TrlParser):
                     found=key,
                     remedy=self._did_you_mean(str(key), list(actions)),
                 )
-            values[key] = self._config_value(actions[key], value)
-        return super().set_defaults_with_config(**values)
+            converted = self._config_value(actions[key], value)
+            for action in self._actions:
+                if action.dest == key:
+                    action.default, action.required = converted, False
 
     def _config_value(self, action: argparse.Action, value: Any) -> Any:
         """A value from YAML, checked and converted as the same text on the command line would be."""
+        from ..documents import describe
+
         if value is None and action.default is None and not action.required:
             return None
         if isinstance(value, dict | list) and type(value) in self._containers(action.dest):
@@ -197,24 +213,27 @@ class CommandParser(TrlParser):
         raise _ConfigValueError(
             f"`{action.dest}` has a value of the wrong type.",
             expected="a list with at least one item" if action.nargs == "+" else "one value",
-            found=f"{value!r} ({type(value).__name__})",
+            found=describe(value),
         )
 
     def _config_scalar(self, action: argparse.Action, value: Any) -> Any:
+        from ..documents import describe, source_text
+
         text_from_bool = isinstance(value, bool) and action.type is str
         if value is None or text_from_bool or isinstance(value, dict | list):
             raise _ConfigValueError(
                 f"`{action.dest}` has a value of the wrong type.",
                 expected="text" if action.type is str else "one value",
-                found=f"{value!r} ({type(value).__name__})",
+                found=describe(value),
                 remedy="YAML reads bare yes, no, on and off as booleans: quote them" if text_from_bool else None,
             )
         try:
-            converted = self._get_value(action, str(value))
+            # Text as it stands in the file: 0123456 is a revision, not a number.
+            converted = self._get_value(action, source_text(value))
             self._check_value(action, converted)
         except argparse.ArgumentError as error:
             raise _ConfigValueError(
-                f"`{action.dest}` has a value that cannot be used.", expected=error.message, found=repr(value)
+                f"`{action.dest}` has a value that cannot be used.", expected=error.message, found=describe(value)
             ) from error
         return converted
 
@@ -229,6 +248,13 @@ class CommandParser(TrlParser):
     def _did_you_mean(self, word: str, known: list[str]) -> str:
         close = difflib.get_close_matches(word, known, n=1)
         return f"did you mean {close[0]}? see `{self.prog} --help`" if close else f"see `{self.prog} --help`"
+
+
+# Names of torch's dtypes that weights can be computed in.
+FLOAT_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+_SAME_WITH_HYPHENS = re.compile(r"(--\w+)/--[\w-]+")
+_HELP_ALL = "Show all arguments, also those of transformers' TrainingArguments."
 
 
 class _ConfigValueError(UsageError):
@@ -249,7 +275,7 @@ def _is_kind(hint: Any, kind: type) -> bool:
 
 
 def _join_config_flag(argv: Sequence[str]) -> tuple[list[str], str | None]:
-    """TRL takes `--config FILE` only, so `--config=FILE` is rewritten. Returns the path too."""
+    """The arguments with `--config=FILE` as two words, and the path of the file."""
     arguments: list[str] = []
     for argument in argv:
         name, equals, path = argument.partition("=")
@@ -268,42 +294,32 @@ def _join_config_flag(argv: Sequence[str]) -> tuple[list[str], str | None]:
 
 
 def check_device(device: str | None, dtype: str = "auto") -> None:
-    """Refuse names of devices and dtypes that torch does not know.
+    """Refuse devices that torch does not know or that this machine lacks, and dtypes that weights cannot have.
 
     Raises:
         [`UsageError`]
     """
     import torch
 
-    try:
-        if device is not None:
-            torch.device(device)
-    except RuntimeError as error:
-        raise UsageError("There is no such device.", expected="cpu, cuda, cuda:0, mps, ...", found=device) from error
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise UsageError("There is no such dtype.", expected="auto, float32, bfloat16, float16, ...", found=dtype)
-
-
-def emit(data: Mapping[str, Any], *, json_output: bool, text: str) -> None:
-    """Print a result on stdout, on the main process only where several run (`accelerate launch`)."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    print(json.dumps(_to_json(data), indent=2, allow_nan=False) if json_output else text.rstrip("\n"))
-    sys.stdout.flush()
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _to_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_to_json(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
-        return _to_json(value.item())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    here += ["mps"] if torch.backends.mps.is_available() else []
+    here += [f"xpu:{index}" for index in range(torch.xpu.device_count())]
+    if device is not None:
+        try:
+            wanted = torch.device(device)
+        except RuntimeError as error:
+            raise UsageError("There is no such device.", expected=", ".join(here), found=device) from error
+        # `cuda` alone means its first.
+        if not {str(wanted), wanted.type if wanted.index == 0 else f"{wanted}:0"} & set(here):
+            raise UsageError(
+                "This machine has no such device, or torch was installed without support for it.",
+                expected=", ".join(here),
+                found=device,
+            )
+    if dtype != "auto" and dtype not in FLOAT_DTYPES:
+        raise UsageError(
+            "There is no such dtype of weights.", expected=f"auto, {', '.join(FLOAT_DTYPES)}", found=dtype
+        )
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -323,38 +339,3 @@ def _format_cell(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-@contextlib.contextmanager
-def command_logging() -> Iterator[None]:
-    """Show this library's messages on stderr while a command runs.
-
-    transformers' `get_logger` gives us loggers outside its own tree, which its verbosity variable does not reach: the
-    level of `TRANSFORMERS_VERBOSITY` is set on ours too; without it a command tells its progress (level info).
-    """
-    from transformers.utils import logging as transformers_logging
-
-    logger = logging.getLogger("grad_transformer")
-    before = (logger.level, logger.propagate)
-    chosen = os.environ.get("TRANSFORMERS_VERBOSITY") in transformers_logging.log_levels
-    logger.setLevel(transformers_logging.get_verbosity() if chosen else logging.INFO)
-    logger.propagate = False
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_MessageFormatter())
-    logger.addHandler(handler)
-    try:
-        with warnings.catch_warnings():
-            # What peft, TRL and transformers warn each other of is not the user's to mend.
-            warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\.")
-            yield
-    finally:
-        logger.removeHandler(handler)
-        logger.level, logger.propagate = before[0], before[1]
-
-
-class _MessageFormatter(logging.Formatter):
-    """The plain message; its level before it from warnings upwards."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        message = super().format(record)
-        return message if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {message}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..outputs import prepare_output
 from ._common import CommandParser, CommandResult, format_table
 
 
@@ -28,6 +29,7 @@ def make_parser() -> CommandParser:
 def main(args: BuildArguments) -> CommandResult:
     from ..shadow import build_delta_dataset
 
+    prepare_output(args.output_dir, "delta_dataset", inputs=[args.plan_dir])
     manifest = build_delta_dataset(args.plan_dir, args.output_dir, allow_missing=args.allow_missing)
     rows = [[split, count["runs"], count["pairs"]] for split, count in manifest["splits"].items()]
     data = {"output_dir": args.output_dir, "splits": manifest["splits"], "missing_runs": manifest["missing_runs"]}

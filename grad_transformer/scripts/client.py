@@ -4,10 +4,11 @@
     grad-transformer client --mapper mapper --data private.jsonl --output_dir bank-a --dp_epsilon 1.0 --dp_delta 1e-5
     grad-transformer client --mapper mapper --data private.jsonl --output_dir ceiling --role target
 
-Rows have a `prompt` and a `completion`. Root and recipe come with the mapper; they are shown before anything starts,
-and where they are unusual the command asks, or needs `--accept_recipe`. An adapter can reveal rows it was trained on:
-sending only the adapter is no privacy guarantee, `--dp_epsilon` is. Where people have several rows each,
-`--dp_group_column patient` protects all rows of one. `--role target` fine-tunes the LLM in the same way, for
+Rows have a `prompt` and a `completion`, or `messages`, or Alpaca's columns; a file is read strictly, line by line, and
+nothing of it is cached. Root and recipe come with the mapper; they are shown before anything starts, and where they
+are unusual the command asks, or needs `--accept_recipe`. An adapter can reveal rows it was trained on: sending only
+the adapter is no privacy guarantee, `--dp_epsilon` is. Where people have several rows each, `--dp_group_column
+patient` protects all rows of one. `--role target` fine-tunes the LLM in the same way, for
 comparison.
 """
 
@@ -17,7 +18,9 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ..outputs import prepare_output
 from ._common import CommandParser, CommandResult, check_device
+from ._rows import RowFlags
 
 
 if TYPE_CHECKING:
@@ -31,7 +34,9 @@ class ClientArguments:
     """Arguments of `grad-transformer client`."""
 
     mapper: str = field(metadata={"help": "Folder or Hub repository of the mapper."})
-    data: str = field(metadata={"help": "Rows: a .jsonl, .json, .csv or .parquet file, a folder, or a Hub dataset."})
+    data: str = field(
+        metadata={"help": "Rows: a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, or a Hub dataset."}
+    )
     output_dir: str = field(
         metadata={"help": "Folder for the adapter: new, empty, or with an adapter that is to be replaced."}
     )
@@ -104,13 +109,13 @@ class ClientArguments:
 
 
 def make_parser() -> CommandParser:
-    return CommandParser(ClientArguments, command="client", description=__doc__)
+    return CommandParser(ClientArguments, RowFlags, command="client", description=__doc__)
 
 
-def main(args: ClientArguments) -> CommandResult:
+def main(args: ClientArguments, columns: RowFlags) -> CommandResult:
     from ..client import finetune_client
     from ..errors import UsageError
-    from ..finetuning.data import load_rows, load_table
+    from ..finetuning.data import load_rows
 
     check_device(args.device, args.dtype)
     if (args.dp_epsilon is None) != (args.dp_delta is None):
@@ -125,15 +130,16 @@ def main(args: ClientArguments) -> CommandResult:
             expected="--early_stopping_patience and --eval_data only with --dp_epsilon",
             found=f"early_stopping_patience={args.early_stopping_patience}",
         )
+    prepare_output(args.output_dir, "client_adapter", inputs=[args.mapper, args.data, args.base_model, args.eval_data])
     if args.dp_epsilon is None and args.dp_group_column is not None:
         raise UsageError(
             "Rows are grouped for differential privacy alone.",
             expected="--dp_group_column only with --dp_epsilon",
             found=f"dp_group_column={args.dp_group_column}",
         )
-    # With all columns where one of them names the groups; the fine-tune checks the rows itself.
-    read = load_rows if args.dp_group_column is None else load_table
-    rows = read(args.data, split=args.data_split)
+    # Private rows: no table of them is left in a cache.
+    reading = {"split": args.data_split, "keep_cache": False, **columns.arguments()}
+    rows = load_rows(args.data, keep_column=args.dp_group_column, **reading)
     arguments = {
         "role": args.role,
         "base_model": args.base_model,
@@ -174,7 +180,7 @@ def main(args: ClientArguments) -> CommandResult:
             ),
             physical_batch_size=args.dp_physical_batch_size,
             checkpoint_dir=args.dp_checkpoint_dir,
-            eval_rows=None if args.eval_data is None else load_rows(args.eval_data, split=args.data_split),
+            eval_rows=None if args.eval_data is None else load_rows(args.eval_data, **reading),
             early_stopping_patience=args.early_stopping_patience,
             **arguments,  # type: ignore[arg-type]
         )

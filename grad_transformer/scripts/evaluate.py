@@ -22,28 +22,23 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from ..adapters import LoraAdapter
-from ..adapters.statistics import block_cosine_and_norm, delta_reproducibility
-from ..errors import UsageError
-from ..evaluation.clients import AdapterScorer, ClientCase, evaluate_clients, score_heldout
-from ..evaluation.controls import fit_controls
-from ..evaluation.records import Report
-from ..evaluation.report import build_report, summary_table, write_report
-from ..evaluation.scoring import Rows
-from ..finetuning import attach_root, load_base, load_rows
-from ..modeling_grad_transformer import GradTransformer
-from ..refinement import RefinementArguments, fit_candidates, refine_clients, refinement_metadata, shadow_annotators
-from ..shadow import DeltaDataset, load_delta_dataset
-from ..training import evaluate_heldout
+from ..errors import DeltaDatasetError, UsageError
+from ..outputs import prepare_output
 from ._common import CommandParser, CommandResult, check_device
 from ._refinement import RefinementFlags
+from ._rows import RowFlags
 
 
-_REQUIRED, _OPTIONAL = {"id", "adapter", "test_data"}, {"llm_adapter", "kind", "task"}
+if TYPE_CHECKING:
+    from ..adapters import LoraAdapter
+    from ..evaluation.clients import AdapterScorer, ClientCase
+    from ..evaluation.records import Report
+    from ..evaluation.scoring import Rows
+    from ..modeling_grad_transformer import GradTransformer
+    from ..refinement import RefinementArguments
+    from ..shadow import DeltaDataset
 
 
 @dataclass(frozen=True)
@@ -63,22 +58,31 @@ class EvaluateArguments:
 
 
 def make_parser() -> CommandParser:
-    return CommandParser(EvaluateArguments, RefinementFlags, command="evaluate", description=__doc__)
+    return CommandParser(EvaluateArguments, RefinementFlags, RowFlags, command="evaluate", description=__doc__)
 
 
-def main(args: EvaluateArguments, refinement: RefinementFlags) -> CommandResult:
+def main(args: EvaluateArguments, refinement: RefinementFlags, columns: RowFlags) -> CommandResult:
+    from ..evaluation.report import summary_table
+    from ..finetuning import load_rows
+    from ..modeling_grad_transformer import GradTransformer
+    from ..shadow import check_dataset_of, load_delta_dataset
+
     check_device(args.device, args.dtype)
     entries = read_clients(args.clients)
+    adapters = [entry.get(name) for entry in entries for name in ("adapter", "llm_adapter")]
+    prepare_output(args.output_dir, "report", inputs=[args.mapper, args.dataset, *adapters])
     mapper = GradTransformer.from_pretrained(args.mapper)
     deltas = load_delta_dataset(args.dataset)
-    cases = [_case(entry, mapper) for entry in entries]
+    check_dataset_of(mapper, deltas)
+    heldout_split(deltas)
+    cases = [_case(entry, mapper, columns) for entry in entries]
     methods = {}
     if refinement.refine_data is not None:
         methods = refined_methods(
             mapper,
             deltas,
             [case.adapter for case in cases],
-            load_rows(refinement.refine_data),
+            load_rows(refinement.refine_data, **columns.arguments()),
             refinement.arguments(seed=args.seed),
             source_model=args.source_model,
             target_model=args.target_model,
@@ -108,23 +112,19 @@ def read_clients(path: str | Path) -> list[dict[str, Any]]:
     """The list of clients in a YAML or JSON file.
 
     Raises:
-        [`UsageError`]: it cannot be read, is no list, or an entry has missing or unknown keys.
+        [`UsageError`]: it cannot be read, is no list, an entry has missing or unknown keys or values of another type,
+            or two have the same id.
     """
-    try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as cause:
-        raise UsageError("The list of clients cannot be read.", path=path, found=cause) from cause
-    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise UsageError("The list of clients is not a list of mappings.", path=path, expected="- id: ...")
-    for entry in entries:
-        if not entry.keys() >= _REQUIRED or entry.keys() - _REQUIRED - _OPTIONAL:
-            raise UsageError(
-                "A client has missing or unknown keys.",
-                path=path,
-                expected=f"{', '.join(sorted(_REQUIRED))}; optional {', '.join(sorted(_OPTIONAL))}",
-                found=", ".join(map(str, entry)),
-            )
-    return entries
+    # pydantic is not loaded for --help.
+    from ..files import read_yaml
+    from ..schemas import ClientList
+
+    entries = read_yaml(path, ClientList)
+    ids = [entry["id"] for entry in entries]
+    twice = sorted({name for name in ids if ids.count(name) > 1})
+    if twice:
+        raise UsageError("Two clients have the same id.", path=path, expected="ids of their own", found=twice[0])
+    return [dict(entry) for entry in entries]
 
 
 def make_scorer(
@@ -137,6 +137,9 @@ def make_scorer(
     device: str | None = None,
 ) -> AdapterScorer:
     """One of the mapper's two base models, with its root attached, ready to score adapters."""
+    from ..evaluation.clients import AdapterScorer
+    from ..finetuning import attach_root, load_base
+
     root = mapper.tokenizers()[role == "target"].root
     model, tokenizer = load_base(
         base_model or root.base_model, revision=None if base_model else root.base_revision, dtype=dtype, device=device
@@ -163,14 +166,16 @@ def make_report(
     `wall_seconds` holds the stages before; this one is added as `evaluate`. `methods` holds adapters that were made in
     other ways, see [`evaluate_clients`]. Returns the generated adapters too.
     """
+    from ..adapters.statistics import block_cosine_and_norm, delta_reproducibility
+    from ..evaluation.clients import evaluate_clients, score_heldout
+    from ..evaluation.controls import fit_controls
+    from ..evaluation.report import build_report, write_report
+    from ..training import evaluate_heldout
+
     started = time.perf_counter()
-    train, test = deltas.pairs("train"), deltas.pairs("test")
-    validation = deltas.pairs("validation") if "validation" in deltas.splits else test
+    train, test = deltas.pairs("train"), deltas.pairs(heldout_split(deltas))
     predictors = fit_controls(
-        train.source,
-        train.target,
-        validation=(validation.source, validation.target),
-        source_widths=deltas.source_layout.widths,
+        train.source, train.target, validation=deltas.tuning_pairs(), source_widths=deltas.source_layout.widths
     )
     heldout = evaluate_heldout(
         mapper,
@@ -205,6 +210,30 @@ def make_report(
     return report, adapters
 
 
+def heldout_split(deltas: DeltaDataset) -> str:
+    """The runs that tell whether the mapper reads its input: test runs, or else, which is said, validation runs.
+
+    Raises:
+        [`DeltaDatasetError`]: no run was held out.
+    """
+    if "test" in deltas.splits:
+        return "test"
+    if "validation" not in deltas.splits:
+        raise DeltaDatasetError(
+            "No shadow run was held out, so whether the mapper reads its input cannot be measured.",
+            path=deltas.folder,
+            expected="a test or validation split",
+            found=", ".join(deltas.splits),
+            remedy="plan runs with --test_fraction, and train a mapper on them; `generate` works without",
+        )
+    from transformers.utils import logging
+
+    logging.get_logger(__name__).warning(
+        "There are no test runs: held-out figures are of the validation runs, which chose the checkpoint."
+    )
+    return "validation"
+
+
 def refined_methods(
     mapper: GradTransformer,
     deltas: DeltaDataset,
@@ -214,6 +243,8 @@ def refined_methods(
     **models: str | None,
 ) -> dict[str, list[LoraAdapter]]:
     """The clients' adapters by [`METHODS`]: best candidate, refined, and the baseline without a mapper."""
+    from ..refinement import fit_candidates, refine_clients, refinement_metadata, shadow_annotators
+
     refined, baseline = refine_clients(
         mapper,
         fit_candidates(deltas),
@@ -235,14 +266,18 @@ def refined_methods(
     }
 
 
-def _case(entry: Mapping[str, Any], mapper: GradTransformer) -> ClientCase:
+def _case(entry: Mapping[str, Any], mapper: GradTransformer, columns: RowFlags) -> ClientCase:
+    from ..adapters import LoraAdapter
+    from ..evaluation.clients import ClientCase
+    from ..finetuning import load_rows
+
     source, target = mapper.tokenizers()
     task = str(entry.get("task") or "")
     ceiling = entry.get("llm_adapter")
     return ClientCase(
         id=str(entry["id"]),
         adapter=LoraAdapter.from_pretrained(entry["adapter"], layout=source.layout),
-        test_rows=list(load_rows(entry["test_data"], split="test")),
+        test_rows=list(load_rows(entry["test_data"], split="test", **columns.arguments())),
         llm_adapter=None if ceiling is None else LoraAdapter.from_pretrained(ceiling, layout=target.layout),
         kind=str(entry.get("kind") or "other"),
         task=task,

@@ -29,12 +29,13 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..adapters.aggregation import AGGREGATIONS
+from ..constants import AGGREGATIONS, SHIFT_NAME
 from ..errors import UsageError
-from ..evaluation.shift import SHIFT_NAME, load_shift_reference
-from ..refinement import CANDIDATES
+from ..outputs import prepare_output
+from ..refinement.arguments import CANDIDATES
 from ._common import CommandParser, CommandResult, check_device
-from ._refinement import Prediction, RefinementFlags, describe_refinement
+from ._refinement import RefinementFlags, describe_refinement
+from ._rows import RowFlags
 
 
 if TYPE_CHECKING:
@@ -110,16 +111,19 @@ class GenerateArguments:
 
 
 def make_parser() -> CommandParser:
-    return CommandParser(GenerateArguments, RefinementFlags, command="generate", description=__doc__)
+    return CommandParser(GenerateArguments, RefinementFlags, RowFlags, command="generate", description=__doc__)
 
 
-def main(args: GenerateArguments, refinement: RefinementFlags) -> CommandResult:
+def main(args: GenerateArguments, refinement: RefinementFlags, columns: RowFlags) -> CommandResult:
     import torch
 
     from ..adapters.privacy import STATEMENT_KEY
     from ..modeling_grad_transformer import GradTransformer
+    from ._prediction import Prediction
 
     check_device(args.device, args.dtype)
+    given = [args.mapper, *args.adapters, args.dataset, args.reference, args.source_model, args.target_model]
+    prepare_output(args.output_dir, "generated_adapter", inputs=given)
     mapper = GradTransformer.from_pretrained(args.mapper, revision=args.mapper_revision, dtype=args.dtype)
     if args.device is not None:
         mapper.to(args.device)
@@ -130,6 +134,7 @@ def main(args: GenerateArguments, refinement: RefinementFlags) -> CommandResult:
         args.method,
         args.dataset,
         refinement,
+        columns,
         source_model=args.source_model,
         target_model=args.target_model,
         device=args.device,
@@ -186,6 +191,8 @@ def measure_shifts(args: GenerateArguments, deltas_CP: torch.Tensor) -> list[Shi
     Raises:
         [`UsageError`]: farther than `--max_shift`, or `--max_shift` with a mapper that says nothing.
     """
+    from ..evaluation.shift import load_shift_reference
+
     reference = load_shift_reference(args.mapper, revision=args.mapper_revision)
     if reference is None:
         if args.max_shift is not None:

@@ -5,17 +5,28 @@
     grad-transformer plan --config plan.yaml --dry_run
     grad-transformer plan --config plan.yaml --estimate --estimate_device H100
 
-Rows have a `prompt` and a `completion`, and a `task` for --strategy per_task. The root of each model, the adapter that
-all its runs start from, is drawn here once. Fine-tuning arguments hold for both models; those with `target_` are the
-LLM's own.
+Rows have a `prompt` and a `completion` (or `messages`, or Alpaca's columns), and optionally a `task`. All of them are
+rendered and tokenised for both models here: what a chat template refuses fails now. The root of each model, the
+adapter that all its runs start from, is drawn here once. Fine-tuning arguments hold for both models; those with
+`target_` are the LLM's own.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..outputs import prepare_output
 from ._common import CommandParser, CommandResult, format_table
+from ._rows import RowFlags
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+    from ..finetuning import TokenCounts
 
 
 @dataclass(frozen=True)
@@ -23,7 +34,10 @@ class PlanArguments:
     """Arguments of `grad-transformer plan`."""
 
     data: str = field(
-        metadata={"help": "Public rows: a .jsonl, .json, .csv or .parquet file, a folder, a Hub dataset."}
+        metadata={
+            "help": "Public rows: a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, or a Hub dataset: "
+            "org/name, org/name:configuration or org/name@revision."
+        }
     )
     source_model: str = field(metadata={"help": "TinyLM: folder or Hub repository of a causal language model."})
     target_model: str = field(metadata={"help": "LLM: likewise."})
@@ -45,9 +59,12 @@ class PlanArguments:
     # Subsets
     num_runs: int = field(default=300, metadata={"help": "Number of shadow subsets (paper: 300)."})
     rows_per_run: int = field(default=1024, metadata={"help": "Rows of each subset (paper: 1,024)."})
-    strategy: str = field(
-        default="mixed",
-        metadata={"help": "mixed: rows of all tasks; per_task: of one.", "choices": ["mixed", "per_task"]},
+    strategy: str | None = field(
+        default=None,
+        metadata={
+            "help": "mixed: rows of all tasks; per_task: of one. Default: per_task where every row has a task.",
+            "choices": ["mixed", "per_task"],
+        },
     )
     with_overlap: bool = field(default=True, metadata={"help": "Whether subsets may share rows."})
     validation_fraction: float = field(default=0.05, metadata={"help": "Share of the runs for validation."})
@@ -86,7 +103,7 @@ class PlanArguments:
 
 
 def make_parser() -> CommandParser:
-    return CommandParser(PlanArguments, command="plan", description=__doc__)
+    return CommandParser(PlanArguments, RowFlags, command="plan", description=__doc__)
 
 
 _RECIPE = (
@@ -107,7 +124,7 @@ _RECIPE = (
 )
 
 
-def main(args: PlanArguments) -> CommandResult:
+def main(args: PlanArguments, columns: RowFlags) -> CommandResult:
     import dataclasses
     import tempfile
     from pathlib import Path
@@ -116,15 +133,26 @@ def main(args: PlanArguments) -> CommandResult:
 
     from ..adapters import create_root
     from ..errors import UsageError
-    from ..finetuning import FineTuningRecipe, load_rows
+    from ..finetuning import FineTuningRecipe, RowSource, load_source
     from ..shadow import plan_shadows
     from ..shadow.estimate import DEVICES, assumptions, estimate_side, estimate_table, outline_root
+    from ..shadow.planning import check_plan_sizes
     from ..shadow.run import root_folder
 
+    if not (args.dry_run or args.estimate):
+        prepare_output(args.output_dir, "shadow_plan", inputs=[args.data, args.source_model, args.target_model])
     shared: dict[str, Any] = {name: getattr(args, name) for name in _RECIPE}
     recipes = {"source": FineTuningRecipe(**shared), "target": FineTuningRecipe(**shared)}
     own = {"learning_rate": args.target_learning_rate, "max_steps": args.target_max_steps}
     recipes["target"] = recipes["target"].replace(**{name: value for name, value in own.items() if value is not None})
+    check_plan_sizes(
+        num_runs=args.num_runs,
+        rows_per_run=args.rows_per_run,
+        seed=args.seed,
+        validation_fraction=args.validation_fraction,
+        test_fraction=args.test_fraction,
+        recipes=tuple(recipes.values()),
+    )
     modules: str | list[str] = "all-linear" if args.target_modules == ["all-linear"] else args.target_modules
     adapter = LoraConfig(
         r=args.lora_r,
@@ -134,8 +162,8 @@ def main(args: PlanArguments) -> CommandResult:
         task_type="CAUSAL_LM",
     )
     models = {
-        "source": (args.source_model, args.source_revision),
-        "target": (args.target_model, args.target_revision),
+        "source": (_absolute(args.source_model), args.source_revision),
+        "target": (_absolute(args.target_model), args.target_revision),
     }
     if args.estimate:
         if not 0 < args.estimate_mfu <= 1:
@@ -157,30 +185,37 @@ def main(args: PlanArguments) -> CommandResult:
         )
         facts = {role: dataclasses.asdict(side) for role, side in sides.items()}
         return CommandResult({**facts, "assumptions": dict(assumed)}, f"{text}\nNothing was written (--estimate).")
-    rows = load_rows(args.data, split=args.data_split, revision=args.data_revision)
-    with tempfile.TemporaryDirectory() as staging:
-        roots = {
-            role: outline_root(name, adapter, revision=revision)[1]
-            if args.dry_run
-            else create_root(name, adapter, output_dir=Path(staging) / role, seed=args.seed, revision=revision)
-            for role, (name, revision) in models.items()
-        }
+    source = RowSource.of(
+        args.data, split=args.data_split, revision=args.data_revision, **columns.arguments()
+    ).pinned()
+    rows = load_source(source)
+    # Everything that can be wrong is found before weights are loaded: models are outlines without them till then.
+    outlines = {role: outline_root(name, adapter, revision=revision) for role, (name, revision) in models.items()}
     plan = plan_shadows(
         rows,
         num_runs=args.num_runs,
         rows_per_run=args.rows_per_run,
-        source_root=roots["source"],
-        target_root=roots["target"],
+        source_root=outlines["source"][1],
+        target_root=outlines["target"][1],
         source_recipe=recipes["source"],
         target_recipe=recipes["target"],
-        data={"path": args.data, "split": args.data_split, "revision": args.data_revision},
+        data=source.to_dict(),
         seed=args.seed,
         strategy=args.strategy,  # type: ignore[arg-type]
         with_overlap=args.with_overlap,
         validation_fraction=args.validation_fraction,
         test_fraction=args.test_fraction,
     )
+    counts = {role: _check_rows(rows, *models[role], recipes[role].max_length, outlines[role][0]) for role in models}
+    layouts = {role: root.layout for role, (_, root) in outlines.items()}
     if not args.dry_run:
+        with tempfile.TemporaryDirectory() as staging:
+            roots = {
+                role: create_root(name, adapter, output_dir=Path(staging) / role, seed=args.seed, revision=revision)
+                for role, (name, revision) in models.items()
+            }
+        sides = {role: dataclasses.replace(plan.side(role), root=root.facts()) for role, root in roots.items()}
+        plan = dataclasses.replace(plan, **sides)
         # First, so that another plan in the folder is refused before its roots are touched.
         plan.save(args.output_dir)
         for role, root in roots.items():
@@ -190,8 +225,47 @@ def main(args: PlanArguments) -> CommandResult:
         # Of a plan whose roots are not drawn there is none yet.
         "fingerprint": None if args.dry_run else plan.fingerprint,
         "num_runs": len(plan.runs),
-        "blocks": {role: root.layout.num_blocks for role, root in roots.items()},
-        "widths": {role: sorted(set(root.layout.widths)) for role, root in roots.items()},
+        "strategy": plan.strategy,
+        "rows": {role: dataclasses.asdict(count) for role, count in counts.items()},
+        "blocks": {role: layout.num_blocks for role, layout in layouts.items()},
+        "widths": {role: sorted(set(layout.widths)) for role, layout in layouts.items()},
     }
     end = "Nothing was written (--dry_run)." if args.dry_run else f"Next: grad-transformer shadow {args.output_dir}"
-    return CommandResult(data, f"{plan.describe()}\n{end}")
+    tokens = "".join(
+        f"\n{name}: {counts[role].truncated:,} of {counts[role].rows:,} rows lose their end to max_length "
+        f"{recipes[role].max_length}; the longest has {counts[role].longest:,} tokens"
+        for role, name in (("source", "TinyLM"), ("target", "LLM"))
+    )
+    return CommandResult(data, f"{plan.describe()}{tokens}\n{end}")
+
+
+def _absolute(model: str) -> str:
+    """A base model by a name that holds in every folder of this machine."""
+    return os.path.realpath(model) if os.path.isdir(model) else model
+
+
+def _check_rows(
+    rows: Dataset, name: str, revision: str | None, max_length: int, outline: PreTrainedModel
+) -> TokenCounts:
+    """Render and tokenise every row for one of the models.
+
+    Raises:
+        [`DataError`]: a row that it cannot be fine-tuned on.
+    """
+    from transformers import AutoTokenizer
+
+    from ..errors import DataError
+    from ..finetuning import count_tokens
+
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    counts = count_tokens(rows, tokenizer, max_length)
+    known = outline.get_input_embeddings().weight.shape[0]
+    if counts.largest_id >= known:
+        raise DataError(
+            f"Row {counts.row_of_largest_id} holds a token that the base model has no embedding for.",
+            path=name,
+            expected=f"token ids below {known}",
+            found=counts.largest_id,
+            remedy="use the tokenizer that belongs to the base model, or resize the model's embedding and save it",
+        )
+    return counts

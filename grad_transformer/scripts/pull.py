@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..outputs import try_writing
 from ._common import CommandParser, CommandResult
 
 
@@ -41,6 +42,7 @@ def main(args: PullArguments) -> CommandResult:
     from ..adapters import pull_root
     from ..hub import pull_folder
 
+    try_writing(args.output_dir)
     origin: dict[str, Any]
     if args.kind == "root":
         root = pull_root(

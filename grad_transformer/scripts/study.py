@@ -2,9 +2,10 @@
 
     grad-transformer study --output_dir study --dry_run
     grad-transformer study --output_dir study --seeds 0 --experiments single_client privacy
-    grad-transformer study --config examples/paper/single_client.yaml --output_dir paper
+    grad-transformer study --config examples/paper/gsm8k.yaml --output_dir paper
 
-Without a config it is the lab's study, of small models made on the spot. It ends in study.json, study.md and pictures.
+Without a config it is the lab's study, of small models made on the spot; the paper's are in examples/paper of this
+library's source. It ends in study.json, study.md and pictures.
 Interrupted, the same command goes on; another study in the same folder shares the stages that both need.
 """
 
@@ -12,7 +13,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..errors import UsageError
+from ..outputs import prepare_output
 from ..study.spec import StudySpec
+from ..wording import describe_bytes, describe_seconds
 from ._common import CommandParser, CommandResult, format_table
 
 
@@ -43,11 +47,14 @@ def main(args: StudyArguments, given: StudySpec) -> CommandResult:
     from ..study.cost import estimate
     from ..study.experiments import EXPERIMENTS, experiments_of
     from ..study.runner import run_stages
+    from ..study.schema import check_study
     from ..study.stages import in_order
     from ..study.summary import STUDY_MARKDOWN_NAME, write_study
     from ..study.tables import verdicts
 
-    spec = given.filled(list(EXPERIMENTS))
+    if args.num_workers < 1:
+        raise UsageError("There must be a process.", expected="--num_workers of at least 1", found=args.num_workers)
+    spec = check_study(given.filled(list(EXPERIMENTS)))
     experiments = experiments_of(spec.experiments)
     needed = {
         experiment.name: [
@@ -61,7 +68,17 @@ def main(args: StudyArguments, given: StudySpec) -> CommandResult:
     stages = in_order(stage for found in needed.values() for stage in found)
     if args.dry_run:
         costs = estimate(spec, stages, args.output_dir, gpu=args.gpu)
-        rows = [[cost.kind, cost.number, cost.finished, cost.hours, cost.disk_gib, cost.memory_gib] for cost in costs]
+        rows = [
+            [
+                cost.kind,
+                cost.number,
+                cost.finished,
+                describe_seconds(3600 * cost.hours),
+                describe_bytes(2**30 * cost.disk_gib),
+                describe_bytes(2**30 * cost.memory_gib),
+            ]
+            for cost in costs
+        ]
         listed = [[e.name, e.paper, len(in_order(needed[e.name]))] for e in experiments]
         total = sum(cost.hours for cost in costs)
         disk = sum(cost.disk_gib for cost in costs)
@@ -69,10 +86,11 @@ def main(args: StudyArguments, given: StudySpec) -> CommandResult:
         text = "\n\n".join(
             [
                 format_table(["experiment", "of the paper", "stages"], listed),
-                format_table(["stage", "number", "finished", "hours", "disk GiB", "memory GiB"], rows),
-                f"{len(stages)} stages, each once, for {len(spec.seeds)} seed(s): about {total:.3g} hours of one "
-                f"{'core' if args.gpu == 'cpu' else args.gpu}, {disk:.3g} GiB of disk, at most {memory:.3g} GiB of "
-                "memory. Nothing was run.",
+                format_table(["stage", "number", "finished", "time", "disk", "memory"], rows),
+                f"{len(stages)} stages, each once, for {len(spec.seeds)} seed(s): about "
+                f"{describe_seconds(3600 * total)} of one {'core' if args.gpu == 'cpu' else args.gpu}, "
+                f"{describe_bytes(2**30 * disk)} of disk,\nat most {describe_bytes(2**30 * memory)} of memory. "
+                "Nothing was run (--dry_run); without it, the same command starts.",
             ]
         )
         data = {
@@ -85,6 +103,7 @@ def main(args: StudyArguments, given: StudySpec) -> CommandResult:
             "costs": [cost.to_dict() for cost in costs],
         }
         return CommandResult(data, text)
+    prepare_output(args.output_dir, "study")
     # Models of a moment's loading; the study's own bar says what is going on.
     logging.disable_progress_bar()
     run_stages(stages, args.output_dir, num_workers=args.num_workers)

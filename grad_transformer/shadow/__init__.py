@@ -3,7 +3,9 @@
 from .batched import run_batched
 from .batches import FineTuneJob
 from .dataset import DeltaDataset, DeltaPairs, build_delta_dataset, load_delta_dataset
-from .plan import ShadowPlan, ShadowRun, plan_shadows
+from .identity import check_dataset_of
+from .plan import ShadowPlan, ShadowRun
+from .planning import plan_shadows
 from .records import RunRecord, missing_runs, read_run, write_run
 from .run import fine_tune_many, run_shadows, shadow_summary
 
@@ -16,6 +18,7 @@ __all__ = [
     "ShadowPlan",
     "ShadowRun",
     "build_delta_dataset",
+    "check_dataset_of",
     "fine_tune_many",
     "load_delta_dataset",
     "missing_runs",

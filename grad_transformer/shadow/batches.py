@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..finetuning import FineTuningRecipe, row_order, tokenize_rows
-from ..finetuning.data import IGNORED_LABEL
+from ..finetuning.tokens import IGNORED_LABEL
 
 
 # What starting one more pass costs, in tokens that could be read in the same time.

@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from datasets.exceptions import DatasetsError
 from pyarrow.dataset import ParquetFragmentScanOptions
 from tqdm.auto import tqdm
 
 from ..adapters import LoraLayout, Root
-from ..adapters.io import atomic_write, read_json, write_json_atomic, write_text_atomic
+from ..adapters.io import atomic_write, member, read_record, write_json_atomic, write_text_atomic
 from ..adapters.rows import DeltaRows, text_column
 from ..constants import DELTA_DATASET_NAME, FORMAT_VERSION, PLAN_NAME
-from ..errors import DeltaDatasetError
+from ..errors import DeltaDatasetError, GradTransformerError
 from ..hub import KINDS, Fetched, Origin, fetch
+from ..locks import sole_writer
+from ..outputs import prepare_output
+from ..schemas import DeltaDatasetRecord
+from .identity import dataset_fingerprint
+from .parquet import check_parquet, data_files, schema_of
 from .plan import ROLES, SPLITS, ShadowPlan
 from .records import missing_runs, read_run
-from .run import load_plan_root, root_folder
+from .run import load_checked_root, load_plan, load_plan_root, root_folder
 
 
 # Readers hold whole row groups.
 _ROW_GROUP_BYTES = 2**20
+_CHECKED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -62,11 +70,24 @@ class DeltaDataset:
 
     @cached_property
     def source_root(self) -> Root:
-        return Root.from_pretrained(root_folder(self.folder, "source"))
+        return self._root("source")
 
     @cached_property
     def target_root(self) -> Root:
-        return Root.from_pretrained(root_folder(self.folder, "target"))
+        return self._root("target")
+
+    def _root(self, role: str) -> Root:
+        return load_checked_root(root_folder(self.folder, role), self.manifest["roots"][role]["fingerprint"])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of plan, roots, recipes and every file of pairs."""
+        return dataset_fingerprint(self.manifest)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What a mapper that is trained on it remembers."""
+        return {"fingerprint": self.fingerprint, "plan_fingerprint": self.manifest["plan_fingerprint"]}
 
     @property
     def source_layout(self) -> LoraLayout:
@@ -77,14 +98,36 @@ class DeltaDataset:
         return self.target_root.layout
 
     def pairs(self, *splits: str) -> DeltaPairs:
-        """All pairs of one or more splits as tensors, whose memory is files (see [`~DeltaRows.to_tensor`])."""
+        """All pairs of one or more splits as tensors, whose memory is files (see [`~DeltaRows.to_tensor`]).
+
+        Raises:
+            [`DeltaDatasetError`]: a value is not finite.
+        """
         rows = datasets.concatenate_datasets([self.splits[split] for split in splits])
         return DeltaPairs(
-            source=DeltaRows(rows, "source_blocks").to_tensor(),
-            target=DeltaRows(rows, "target_blocks").to_tensor(),
+            source=self._values(rows, "source_blocks"),
+            target=self._values(rows, "target_blocks"),
             shadow_ids=text_column(rows, "shadow_id"),
             tasks=text_column(rows, "task"),
         )
+
+    def layout(self, role: str) -> LoraLayout:
+        return self.source_layout if role == "source" else self.target_layout
+
+    def _values(self, rows: datasets.Dataset, column: str) -> torch.Tensor:
+        values_NP = DeltaRows(rows, column).to_tensor()
+        for chunk_BP in values_NP.split(_CHECKED_ROWS):
+            if not bool(torch.isfinite(chunk_BP).all()):
+                raise DeltaDatasetError("The delta dataset holds NaN or infinite values.", path=self.folder)
+        return values_NP
+
+    def tuning_pairs(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Deltas of held-out runs that settings may be chosen on: of `validation`, else of `test`; None without."""
+        for split in ("validation", "test"):
+            if split in self.splits:
+                pairs = self.pairs(split)
+                return pairs.source, pairs.target
+        return None
 
 
 def build_delta_dataset(
@@ -105,9 +148,17 @@ def build_delta_dataset(
         the manifest.
 
     Raises:
-        [`DeltaDatasetError`]: runs are missing, or belong to another plan.
+        [`DeltaDatasetError`]: runs are missing or belong to another plan, or `output_dir` holds that of another plan.
+        [`OutputError`]: `output_dir` holds something else or cannot be written to, or another process builds there.
     """
-    plan = ShadowPlan.load(plan_dir)
+    plan = load_plan(plan_dir)
+    folder = prepare_output(output_dir, "delta_dataset", inputs=[plan_dir])
+    with sole_writer(folder):
+        return _build(plan, plan_dir, folder, allow_missing)
+
+
+def _build(plan: ShadowPlan, plan_dir: str | Path, folder: Path, allow_missing: bool) -> dict[str, Any]:
+    _refuse_another_plan(plan, folder)
     missing = {run_id for role in ROLES for run_id in missing_runs(plan, plan_dir, role)}
     finished = [run for run in plan.runs if run.shadow_id not in missing]
     if (missing and not allow_missing) or not any(run.split == "train" for run in finished):
@@ -118,12 +169,10 @@ def build_delta_dataset(
             found=f"{len(finished)}, without {sorted(missing)[0]}",
             remedy="run `grad-transformer shadow` again: it does what is missing; or allow missing runs",
         )
-    folder = Path(output_dir)
     (folder / DELTA_DATASET_NAME).unlink(missing_ok=True)
     roots = {role: load_plan_root(plan, plan_dir, role) for role in ROLES}
     for role in ROLES:
         roots[role].save_pretrained(root_folder(folder, role))
-    shutil.copyfile(Path(plan_dir) / PLAN_NAME, folder / PLAN_NAME)
     features = datasets.Features(
         {
             "shadow_id": datasets.Value("string"),
@@ -134,7 +183,7 @@ def build_delta_dataset(
         }
     )
     counts, files = {}, {}
-    with tqdm(total=len(finished), desc="build", unit="run") as bar:
+    with tqdm(total=len(finished), desc="build", unit="run", smoothing=0) as bar:
         for split in SPLITS:
             runs = [run for run in finished if run.split == split]
             path = folder / "data" / f"{split}-00000-of-00001.parquet"
@@ -171,9 +220,25 @@ def build_delta_dataset(
         "missing_runs": sorted(missing),
         "files": files,
     }
+    manifest["fingerprint"] = dataset_fingerprint(manifest)
+    # So late that a build which was interrupted is not taken for a plan.
+    write_text_atomic(folder / PLAN_NAME, (Path(plan_dir) / PLAN_NAME).read_text(encoding="utf-8"))
     write_text_atomic(folder / "README.md", _card(manifest))
     write_json_atomic(folder / DELTA_DATASET_NAME, manifest)
     return manifest
+
+
+def _refuse_another_plan(plan: ShadowPlan, folder: Path) -> None:
+    path = folder / DELTA_DATASET_NAME
+    there = read_record(path, DeltaDatasetRecord).get("plan_fingerprint") if path.is_file() else plan.fingerprint
+    if there != plan.fingerprint:
+        raise DeltaDatasetError(
+            "The folder holds the delta dataset of another plan.",
+            path=folder,
+            expected=f"a new folder, or one of plan {plan.fingerprint[:12]}",
+            found=f"plan {str(there)[:12]}",
+            remedy="choose another --output_dir, or remove what is there",
+        )
 
 
 def load_delta_dataset(
@@ -200,11 +265,22 @@ def load_delta_dataset(
         patterns = tuple(pattern for pattern in patterns if not pattern.endswith(".parquet"))
     fetched = fetch(name_or_path, allow_patterns=patterns, repo_type="dataset", revision=revision, **hub_kwargs)
     folder = fetched.folder
-    manifest = read_json(folder / DELTA_DATASET_NAME)
+    manifest: dict[str, Any] = dict(read_record(folder / DELTA_DATASET_NAME, DeltaDatasetRecord))
+    if manifest.get("fingerprint", dataset_fingerprint(manifest)) != dataset_fingerprint(manifest):
+        raise DeltaDatasetError(
+            "The manifest of the delta dataset was changed.",
+            path=folder / DELTA_DATASET_NAME,
+            expected=f"fingerprint {manifest['fingerprint']}",
+            found=dataset_fingerprint(manifest),
+            remedy="build or download the dataset again",
+        )
     if streaming:
-        return DeltaDataset(_stream(fetched, manifest, hub_kwargs.get("token")), manifest, folder, fetched.origin)
+        dataset = DeltaDataset({}, manifest, folder, fetched.origin)
+        schema = schema_of({role: dataset.layout(role) for role in ROLES})
+        return replace(dataset, splits=_stream(fetched, manifest, schema, hub_kwargs.get("token")))
     for name, digest in manifest["files"].items():
-        found = _sha256(folder / name) if (folder / name).is_file() else "no file"
+        path = member(folder, name, error=DeltaDatasetError)
+        found = _sha256(path) if path.is_file() else "no file"
         if found != digest:
             raise DeltaDatasetError(
                 "A file of the delta dataset is missing or was changed.",
@@ -213,14 +289,24 @@ def load_delta_dataset(
                 found=found,
                 remedy="build or download the dataset again",
             )
-    data_files = {split: str(folder / "data" / f"{split}-*.parquet") for split in manifest["splits"]}
+    dataset = DeltaDataset({}, manifest, folder, fetched.origin)
+    schema = schema_of({role: dataset.layout(role) for role in ROLES})
+    files = data_files(folder, manifest)
+    for split, paths in files.items():
+        check_parquet(paths, schema, manifest["splits"][split]["pairs"])
     # By default Arrow holds a whole file while it is turned into a memory-mapped table.
     reading = ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)
-    with _lean_arrow():
-        splits = datasets.load_dataset("parquet", data_files=data_files, fragment_scan_options=reading)
+    with _lean_arrow(), _typed_errors(folder):
+        splits = datasets.load_dataset(
+            "parquet",
+            data_files={split: [str(path) for path in paths] for split, paths in files.items()},
+            features=datasets.Features.from_arrow_schema(schema),
+            fragment_scan_options=reading,
+        )
     seen: dict[str, str] = {}
     for split, rows in splits.items():
-        for shadow_id in set(text_column(rows, "shadow_id")):
+        ids = _checked_ids(rows, split, folder)
+        for shadow_id in set(ids):
             if seen.setdefault(shadow_id, split) != split:
                 raise DeltaDatasetError(
                     "A shadow run is in two splits, so held-out figures would lie.",
@@ -228,7 +314,24 @@ def load_delta_dataset(
                     expected="splits by shadow run",
                     found=f"{shadow_id} in {seen[shadow_id]} and {split}",
                 )
-    return DeltaDataset(dict(splits), manifest, folder, fetched.origin)
+    return replace(dataset, splits=dict(splits))
+
+
+def _checked_ids(rows: datasets.Dataset, split: str, folder: Path) -> list[str]:
+    """The shadow run of each pair, where all of them are whole: no empty cells, and steps from 1 on."""
+    table = rows.data
+    chunks = [chunk for name in ("source_blocks", "target_blocks") for chunk in table.column(name).chunks]
+    empty = sum(table.column(name).null_count for name in ("shadow_id", "step"))
+    empty += sum(chunk.null_count + chunk.values.null_count for chunk in chunks)
+    if empty or pc.min(table.column("step")).as_py() < 1:
+        raise DeltaDatasetError(
+            "A pair of the delta dataset is not whole.",
+            path=folder,
+            expected="shadow run, step from 1 on, and both deltas, in each row",
+            found=f"{empty} empty cells in split {split}" if empty else f"a step below 1 in split {split}",
+            remedy="build or download the dataset again",
+        )
+    return text_column(rows, "shadow_id")
 
 
 @contextmanager
@@ -246,15 +349,60 @@ def _lean_arrow() -> Iterator[None]:
         pa.set_io_thread_count(io_threads)
 
 
-def _stream(fetched: Fetched, manifest: dict[str, Any], token: str | bool | None) -> dict[str, Any]:
-    paths = {split: f"data/{split}-*.parquet" for split in manifest["splits"]}
-    if fetched.origin is None or (fetched.folder / "data").is_dir():
-        local = {split: str(fetched.folder / path) for split, path in paths.items()}
-        return dict(datasets.load_dataset("parquet", data_files=local, streaming=True))
-    origin = fetched.origin
-    return dict(
-        datasets.load_dataset(origin.repo_id, data_files=paths, revision=origin.sha, token=token, streaming=True)
-    )
+@contextmanager
+def _typed_errors(folder: Path) -> Iterator[None]:
+    """What Arrow and datasets say of a damaged file, as an error that names the dataset."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, NotImplementedError, pa.ArrowException, DatasetsError) as cause:
+        if isinstance(cause, GradTransformerError):
+            raise
+        raise DeltaDatasetError(
+            "The pairs of the delta dataset cannot be read.",
+            path=folder,
+            found=f"{type(cause).__name__}: {str(cause).strip()[:200]}",
+            remedy="build or download the dataset again",
+        ) from cause
+
+
+def _stream(fetched: Fetched, manifest: dict[str, Any], schema: pa.Schema, token: str | bool | None) -> dict[str, Any]:
+    """Rows as they come, each checked; the footers too of files that lie here."""
+    features, folder = datasets.Features.from_arrow_schema(schema), fetched.folder
+    if fetched.origin is None or (folder / "data").is_dir():
+        files = data_files(folder, manifest)
+        for split, paths in files.items():
+            check_parquet(paths, schema, manifest["splits"][split]["pairs"])
+        local = {split: [str(path) for path in paths] for split, paths in files.items()}
+        with _typed_errors(folder):
+            splits = datasets.load_dataset("parquet", data_files=local, features=features, streaming=True)
+    else:
+        named = {
+            split: [path.relative_to(folder).as_posix() for path in paths]
+            for split, paths in data_files(folder, manifest).items()
+        }
+        origin = fetched.origin
+        with _typed_errors(folder):
+            splits = datasets.load_dataset(
+                origin.repo_id,
+                data_files=named,
+                features=features,
+                revision=origin.sha,
+                token=token,
+                streaming=True,
+            )
+    return {split: rows.map(_check_row, fn_kwargs={"folder": str(folder)}) for split, rows in splits.items()}
+
+
+def _check_row(row: dict[str, Any], folder: str) -> dict[str, Any]:
+    broken = row["shadow_id"] is None or row["step"] is None or row["step"] < 1
+    for column in ("source_blocks", "target_blocks"):
+        values = row[column]
+        broken = broken or values is None or None in values or not math.isfinite(math.fsum(map(abs, values)))
+    if broken:
+        raise DeltaDatasetError(
+            "A pair of the delta dataset is not whole, or not finite.", path=folder, found=f"run {row['shadow_id']}"
+        )
+    return row
 
 
 def _run_table(

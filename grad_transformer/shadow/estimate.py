@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ..adapters import LoraAdapter, LoraLayout, Root
 from ..errors import UsageError
 from ..finetuning import FineTuningRecipe
+from ..wording import describe_bytes, describe_count, describe_seconds
 from .batches import TOKENS_PER_PASS_ELSEWHERE, Batches, FineTuneJob
 from .memory import BatchSize, fit_batch, measure_bytes_per_token
 
@@ -226,19 +227,26 @@ def assumptions(device_name: str, mfu: float, completion_share: float = 0.5) -> 
     ]
 
 
+def format_hours(hours: float) -> str:
+    """`"12 minutes"`, `"3.4 hours"`, `"145 hours"`, `"12,300 hours"`."""
+    if hours < 1:
+        return f"{max(60 * hours, 0.1):.1f} minutes" if hours < 1 / 6 else f"{60 * hours:.0f} minutes"
+    return f"{hours:.1f} hours" if hours < 10 else f"{hours:,.0f} hours"
+
+
 def estimate_table(sides: Mapping[str, SideEstimate]) -> list[list[Any]]:
     """Rows of label, TinyLM, LLM."""
     both = list(sides.values())
     return [
         ["base model", *(side.name for side in both)],
-        ["parameters", *(f"{side.parameters / 1e9:.2f}e9" for side in both)],
+        ["parameters", *(describe_count(side.parameters) for side in both)],
         ["values of an adapter", *(f"{side.adapter_values:,}" for side in both)],
-        ["tokens of all runs", *(f"{side.tokens / 1e9:.2f}e9" for side in both)],
-        ["GFLOPs a token", *(f"{side.flops_per_token / 1e9:.1f}" for side in both)],
-        ["device hours, all runs", *(f"{side.hours:.1f}" for side in both)],
+        ["tokens of all runs", *(describe_count(side.tokens) for side in both)],
+        ["FLOPs a token", *(describe_count(side.flops_per_token) for side in both)],
+        ["time of one device, all runs", *(describe_seconds(3600 * side.hours) for side in both)],
         ["adapters at once", *(side.batch.num_adapters if side.batch else "none fits" for side in both)],
-        ["memory, GB", *(f"{side.memory / 1e9:.1f}" for side in both)],
-        ["disk, checkpoint, GB", *(f"{side.weight_bytes / 1e9:.1f}" for side in both)],
-        ["disk, run files, GB", *(f"{side.run_bytes / 1e9:.3f}" for side in both)],
-        ["disk, delta dataset, GB", *(f"{side.run_bytes / 1e9:.3f}" for side in both)],
+        ["memory", *(describe_bytes(side.memory) for side in both)],
+        ["disk, checkpoint", *(describe_bytes(side.weight_bytes) for side in both)],
+        ["disk, run files", *(describe_bytes(side.run_bytes) for side in both)],
+        ["disk, delta dataset", *(describe_bytes(side.run_bytes) for side in both)],
     ]

@@ -55,7 +55,10 @@ class Workers(Protocol):
         """Hand a group to the worker in a slot, which is idle or not there yet."""
 
     def next_done(self) -> tuple[int, bool, dict[str, str | None] | None]:
-        """Wait for one slot to end: the slot, whether its worker was lost, and what went wrong otherwise."""
+        """Wait for one slot to end: the slot, whether its worker was lost, and what went wrong otherwise.
+
+        A worker may also be lost while it has no group.
+        """
 
     def close(self) -> None:
         """End all workers."""
@@ -76,14 +79,16 @@ def spread(groups: Sequence[Group], workers: Workers, *, num_workers: int, retri
     """
     waiting, running = deque(groups), dict[int, Group]()
     try:
-        with tqdm(total=len(groups), desc="groups of runs", unit="group") as bar:
+        with tqdm(total=len(groups), desc="groups of runs", unit="group", smoothing=0) as bar:
             while waiting or running:
                 for slot in range(num_workers):
                     if waiting and slot not in running:
                         running[slot] = waiting.popleft()
                         workers.submit(slot, running[slot])
                 slot, lost, failure = workers.next_done()
-                group = running.pop(slot)
+                group = running.pop(slot, None)
+                if group is None:  # a worker without a group was lost, and nothing with it
+                    continue
                 if failure is not None:
                     raise _rebuilt(failure)
                 if lost:

@@ -12,8 +12,10 @@ import torch
 from ..adapters import LoraLayout
 from ..adapters.io import read_header, read_tensors, save_tensors_atomic
 from ..constants import FORMAT_VERSION, RUNS_FOLDER
-from ..errors import DeltaDatasetError, FormatVersionError
+from ..errors import DeltaDatasetError
+from ..files import parse_record
 from ..finetuning import SftResult
+from ..schemas import RunRecordFacts
 from .plan import ShadowPlan
 
 
@@ -86,19 +88,12 @@ def read_run(plan: ShadowPlan, plan_dir: str | Path, role: str, shadow_id: str, 
     """
     path = run_path(plan_dir, role, shadow_id)
     header, metadata = read_header(path)
-    try:
-        facts = json.loads(metadata[_RUN])
-        version, plan_fingerprint = int(facts["format_version"]), facts["plan"]
-    except (KeyError, TypeError, ValueError) as cause:
-        raise DeltaDatasetError("The file is not that of a shadow run.", path=path, found=repr(cause)) from cause
-    if version > FORMAT_VERSION:
-        raise FormatVersionError(
-            "The run was written by a newer version of grad_transformer.",
-            path=path,
-            expected=f"format version up to {FORMAT_VERSION}",
-            found=version,
-            remedy="pip install --upgrade grad-transformer",
+    if _RUN not in metadata:
+        raise DeltaDatasetError(
+            "The file is not that of a shadow run.", path=path, expected=f"`{_RUN}` in its header", found="none"
         )
+    facts = parse_record(metadata[_RUN], RunRecordFacts, path=path, error=DeltaDatasetError)
+    plan_fingerprint = facts["plan"]
     if plan_fingerprint != plan.fingerprint or facts["shadow_id"] != shadow_id or facts["role"] != role:
         raise DeltaDatasetError(
             "The run belongs to another plan.",
@@ -107,10 +102,10 @@ def read_run(plan: ShadowPlan, plan_dir: str | Path, role: str, shadow_id: str, 
             found=f"plan {str(plan_fingerprint)[:12]}, {facts['role']}, {facts['shadow_id']}",
             remedy="give every plan a folder of its own; delete this file to run it again",
         )
-    count = header[_STEPS].shape[0] if _STEPS in header else 0
+    count = header[_STEPS].shape[0] if _STEPS in header and len(header[_STEPS].shape) == 1 else 0
     expected = {spec.key: (count, *spec.shape) for spec in layout.tensor_specs()}
     found = {key: info.shape for key, info in header.items() if key not in (_STEPS, _LOSSES)}
-    if count == 0 or found != expected or _LOSSES not in header:
+    if count == 0 or found != expected or _LOSSES not in header or len(header[_LOSSES].shape) != 1:
         raise DeltaDatasetError(
             "The run does not hold the adapter of its root's layout.",
             path=path,
@@ -120,4 +115,13 @@ def read_run(plan: ShadowPlan, plan_dir: str | Path, role: str, shadow_id: str, 
         )
     tensors = read_tensors(path, list(header))
     steps, losses = tensors.pop(_STEPS).tolist(), tensors.pop(_LOSSES).tolist()
-    return RunRecord(shadow_id, facts["task"], facts["split"], steps, tensors, losses, facts)
+    in_order = all(type(step) is int and before < step for before, step in zip([0, *steps], steps, strict=False))
+    if not in_order or steps[-1] >= 2**31:
+        raise DeltaDatasetError(
+            "The steps of the run do not count upwards.",
+            path=path,
+            expected="whole numbers from 1 on, each larger than the one before",
+            found=str(steps)[:80],
+            remedy="delete this file and run `grad-transformer shadow` again",
+        )
+    return RunRecord(shadow_id, facts["task"], facts["split"], steps, tensors, losses, dict(facts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
@@ -11,19 +12,22 @@ from typing import Any, Literal
 
 import datasets
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..adapters import Root
 from ..adapters.statistics import DeltaReproducibility, delta_reproducibility
-from ..errors import GradTransformerError, IncompleteArtifactError, UsageError
-from ..finetuning import FineTuningRecipe, SftResult, attach_root, load_base, load_rows, run_sft, tokenize_rows
+from ..constants import RUNS_FOLDER
+from ..errors import GradTransformerError, IncompleteArtifactError, PlanError, UsageError
+from ..finetuning import FineTuningRecipe, SftResult, attach_root, load_base, run_sft, tokenize_rows
+from ..locks import sole_writer
+from ..outputs import disk_error, holds, try_writing
 from .batched import run_batched
 from .batches import FineTuneJob
 from .executors import ExecutorName, Group, make_workers, spread
 from .memory import choose_batch_size
 from .plan import ROLES, ShadowPlan
+from .progress import BatchProgress, RunBar
 from .records import missing_runs, read_run, write_run
 
 
@@ -48,17 +52,43 @@ def load_plan_root(plan: ShadowPlan, plan_dir: str | Path, role: str) -> Root:
     Raises:
         [`IncompleteArtifactError`]: it is missing, or another one.
     """
-    root = Root.from_pretrained(root_folder(plan_dir, role))
-    expected = plan.side(role).root["fingerprint"]
-    if root.fingerprint != expected:
+    return load_checked_root(root_folder(plan_dir, role), plan.side(role).root["fingerprint"])
+
+
+def load_checked_root(folder: str | Path, fingerprint: str) -> Root:
+    """A root that must be a certain one.
+
+    Raises:
+        [`IncompleteArtifactError`]: it is another one.
+    """
+    root = Root.from_pretrained(folder)
+    if root.fingerprint != fingerprint:
         raise IncompleteArtifactError(
-            "The root beside the plan is not the plan's.",
-            path=root_folder(plan_dir, role),
-            expected=f"fingerprint {expected}",
+            "The root is not the one that plan or delta dataset names.",
+            path=folder,
+            expected=f"fingerprint {fingerprint}",
             found=root.fingerprint,
-            remedy="restore the folder that `grad-transformer plan` wrote",
+            remedy="restore the folder as the command that made it left it",
         )
     return root
+
+
+def load_plan(plan_dir: str | Path) -> ShadowPlan:
+    """The plan of a folder of shadow runs.
+
+    Raises:
+        [`PlanError`]: there is none, or it is the copy in a delta dataset, which has no runs.
+    """
+    kind = holds(plan_dir)
+    if kind not in (None, "a shadow plan"):
+        raise PlanError(
+            "The folder is not that of a shadow plan.",
+            path=plan_dir,
+            expected="the folder that `grad-transformer plan` wrote",
+            found=kind,
+            remedy="name the plan's own folder",
+        )
+    return ShadowPlan.load(plan_dir)
 
 
 def run_shadows(
@@ -105,70 +135,82 @@ def run_shadows(
         `dict[str, int]`: for each role how many runs were done now.
 
     Raises:
-        [`PlanError`]: the data are not the plan's.
+        [`PlanError`]: the data are not the plan's, or the folder is not that of a plan.
+        [`OutputError`]: the folder cannot be written to, or another process is doing runs of the same role.
         [`BaseModelMismatchError`]: a base model is not the one that its root was made for.
         [`RecipeError`]: the engine cannot do what the recipe asks for, or a run diverged.
         [`UsageError`]: options that do not go together, or no Ray.
         [`WorkerLostError`]: a worker was lost on the same runs more than `retries` times.
     """
     _check_engine(engine, adapters_per_batch)
-    plan = ShadowPlan.load(plan_dir)
-    missing = {role: missing_runs(plan, plan_dir, role) for role in roles}
-    if executor != "local" or num_workers != 1:
-        if rows is not None or num_workers < 1 or executor not in ("local", "ray"):
-            raise UsageError(
-                "These options do not go together.",
-                expected="executor local or ray, num_workers of at least 1, and rows that the plan names",
-                found=f"executor={executor!r}, num_workers={num_workers}" + (", rows" if rows is not None else ""),
-            )
-        size = _group_size(adapters_per_batch, max(map(len, missing.values()), default=0), num_workers)
-        groups = [
-            Group(role, tuple(ids[start : start + size]))
-            for role, ids in missing.items()
-            for start in range(0, len(ids), size)
-        ]
-        options = {
-            "engine": engine,
-            "adapters_per_batch": adapters_per_batch,
-            "dtype": dtype,
-            "device": device,
-            "gradient_checkpointing": gradient_checkpointing,
-            **sft_config,
-        }
-        if not groups:
-            return dict.fromkeys(missing, 0)
-        workers = make_workers(
-            executor,
-            str(Path(plan_dir).resolve()),
-            options,
-            do_group,
-            num_workers=num_workers,
-            cpus_per_worker=cpus_per_worker,
-            gpus_per_worker=gpus_per_worker,
+    plan = load_plan(plan_dir)
+    here = executor == "local" and num_workers == 1
+    if num_workers < 1 or executor not in ("local", "ray") or (rows is not None and not here):
+        raise UsageError(
+            "These options do not go together.",
+            expected="executor local or ray, num_workers of at least 1, and rows that the plan names",
+            found=f"executor={executor!r}, num_workers={num_workers}" + (", rows" if rows is not None else ""),
         )
-        spread(groups, workers, num_workers=num_workers, retries=retries)
-        return {role: len(ids) for role, ids in missing.items()}
+    options = {
+        "engine": engine,
+        "adapters_per_batch": adapters_per_batch,
+        "gradient_checkpointing": gradient_checkpointing,
+        **sft_config,
+    }
+    with ExitStack() as locks:
+        for role in roles:
+            if missing_runs(plan, plan_dir, role):
+                try_writing(plan_dir)
+                locks.enter_context(sole_writer(Path(plan_dir) / RUNS_FOLDER / role))
+        # Only now: another process may have finished some before it let go.
+        missing = {role: missing_runs(plan, plan_dir, role) for role in roles}
+        if here:
+            _do_here(plan, plan_dir, missing, rows, dtype, device, options)
+        elif any(missing.values()):
+            size = _group_size(adapters_per_batch, max(map(len, missing.values())), num_workers)
+            groups = [
+                Group(role, tuple(ids[start : start + size]))
+                for role, ids in missing.items()
+                for start in range(0, len(ids), size)
+            ]
+            workers = make_workers(
+                executor,
+                str(Path(plan_dir).resolve()),
+                {**options, "dtype": dtype, "device": device},
+                do_group,
+                num_workers=num_workers,
+                cpus_per_worker=cpus_per_worker,
+                gpus_per_worker=gpus_per_worker,
+            )
+            spread(groups, workers, num_workers=num_workers, retries=retries)
+    return {role: len(ids) for role, ids in missing.items()}
+
+
+def _do_here(
+    plan: ShadowPlan,
+    plan_dir: str | Path,
+    missing: Mapping[str, Sequence[str]],
+    rows: datasets.Dataset | None,
+    dtype: str | torch.dtype,
+    device: str | torch.device | None,
+    options: Mapping[str, Any],
+) -> None:
+    """Do the missing runs of each role in this process."""
     if any(missing.values()):
-        rows = _rows_of(plan) if rows is None else rows
-        plan.check_rows(rows)
+        if rows is None:
+            rows = plan.load_rows(plan_dir)
+        else:
+            plan.check_rows(rows)
     for role, ids in missing.items():
         if not ids or rows is None:
             logger.info(f"All {len(plan.runs)} {role} runs are finished.")
             continue
         side = _load_side(plan, plan_dir, role, rows, dtype, device)
-        with tqdm(total=len(plan.runs), initial=len(plan.runs) - len(ids), desc=f"{role} runs", unit="run") as bar:
-            results = side.fine_tune(
-                ids,
-                engine=engine,
-                adapters_per_batch=adapters_per_batch,
-                gradient_checkpointing=gradient_checkpointing,
-                on_progress=bar.set_postfix_str,
-                **sft_config,
-            )
+        with RunBar(f"{role} runs", total=len(plan.runs), finished=len(plan.runs) - len(ids)) as bar:
+            results = side.fine_tune(ids, on_progress=bar.at_work, **options)
             for shadow_id, result in zip(ids, results, strict=True):
-                write_run(plan, plan_dir, role, shadow_id, result, engine=engine)
-                bar.update()
-    return {role: len(ids) for role, ids in missing.items()}
+                write_run(plan, plan_dir, role, shadow_id, result, engine=options["engine"])
+                bar.finish()
 
 
 def fine_tune_many(
@@ -181,7 +223,7 @@ def fine_tune_many(
     engine: Engine = "batched",
     adapters_per_batch: int | Literal["auto"] = "auto",
     gradient_checkpointing: bool = False,
-    on_progress: Callable[[str], Any] | None = None,
+    on_progress: Callable[[BatchProgress], Any] | None = None,
     **sft_config: Any,
 ) -> Iterator[SftResult]:
     """Fine-tune one adapter for each job and yield the results in order, each as soon as it is there.
@@ -192,7 +234,7 @@ def fine_tune_many(
         jobs: the rows and seed of each.
         recipe ([`FineTuningRecipe`]).
         engine, adapters_per_batch, gradient_checkpointing, sft_config: see [`run_shadows`].
-        on_progress (`Callable[[str], Any]`, *optional*): gets a few words while a batch of adapters trains.
+        on_progress (`Callable[[BatchProgress], Any]`, *optional*): told while a batch of adapters trains.
     """
     _check_engine(engine, adapters_per_batch)
     if engine == "trl":
@@ -221,9 +263,11 @@ def fine_tune_many(
             found=", ".join(sft_config),
         )
 
+    batch: list[FineTuneJob] = []
+
     def progress(step: int, loss: torch.Tensor) -> None:
         if on_progress is not None and (step % 10 == 0 or step == recipe.max_steps):
-            on_progress(f"step {step}/{recipe.max_steps}, loss {float(loss):.3f}")
+            on_progress(BatchProgress(len(batch), step, recipe.max_steps, float(loss)))
 
     iterator = iter(jobs)
     tokens_per_pass = None
@@ -268,10 +312,6 @@ class _Side:
         return fine_tune_many(self.model, self.tokenizer, self.root, jobs, recipe, **options)
 
 
-def _rows_of(plan: ShadowPlan) -> datasets.Dataset:
-    return load_rows(plan.data["path"], split=plan.data.get("split") or "train", revision=plan.data.get("revision"))
-
-
 def _load_side(
     plan: ShadowPlan,
     plan_dir: str | Path,
@@ -289,9 +329,7 @@ def _load_side(
 def _cached_side(plan_dir: str, role: str, dtype: str | torch.dtype, device: str | None) -> _Side:
     """What a worker keeps from one group of runs to the next."""
     plan = ShadowPlan.load(plan_dir)
-    rows = _rows_of(plan)
-    plan.check_rows(rows)
-    return _load_side(plan, plan_dir, role, rows, dtype, device)
+    return _load_side(plan, plan_dir, role, plan.load_rows(plan_dir), dtype, device)
 
 
 def do_group(
@@ -305,7 +343,10 @@ def do_group(
         ids = [shadow_id for shadow_id in shadow_ids if shadow_id in missing]
         for shadow_id, result in zip(ids, side.fine_tune(ids, **settings), strict=True):
             write_run(side.plan, plan_dir, role, shadow_id, result, engine=settings["engine"])
-    except GradTransformerError as error:
+    except Exception as cause:
+        error = cause if isinstance(cause, GradTransformerError) else disk_error(cause)
+        if error is None:
+            raise
         return error.to_dict()
     return None
 
@@ -329,15 +370,17 @@ def _check_engine(engine: str, adapters_per_batch: int | str) -> None:
 def shadow_summary(plan_dir: str | Path) -> dict[str, DeltaReproducibility | None]:
     """How well deltas of one task agree, for each model; the last snapshot of every finished training run counts.
 
-    This bounds what any mapper can learn, so look at it before training one. None where tasks are unknown, or no task
-    has two finished runs.
+    Held-out runs do not: they are what a mapper is measured on. This bounds what any mapper can learn, so look at it
+    before training one. None where tasks are unknown, or no task has two finished training runs.
     """
-    plan = ShadowPlan.load(plan_dir)
+    plan = load_plan(plan_dir)
     summary: dict[str, DeltaReproducibility | None] = {}
     for role in ROLES:
         layout = load_plan_root(plan, plan_dir, role).layout
         missing = set(missing_runs(plan, plan_dir, role))
-        finished = [run for run in plan.runs if run.shadow_id not in missing and run.task is not None]
+        finished = [
+            run for run in plan.runs if run.split == "train" and run.shadow_id not in missing and run.task is not None
+        ]
         counts: Mapping[str | None, int] = {run.task: sum(r.task == run.task for r in finished) for run in finished}
         summary[role] = None
         if any(count > 1 for count in counts.values()):

@@ -48,7 +48,7 @@ class StudyBuilder:
 
     def recipe(self, role: str, *, checkpoints: int = 1) -> dict[str, Any]:
         own = self.spec.tinylm_recipe if role == "tinylm" else self.spec.llm_recipe
-        return FineTuningRecipe(**{**self.spec.recipe, **own, "snapshot_last": checkpoints}).to_dict()
+        return FineTuningRecipe.from_dict({**self.spec.recipe, **own, "snapshot_last": checkpoints}).to_dict()
 
     def shadows(self, role: str, name: str, *, rows_per_run: int | None = None, num_runs: int | None = None) -> Stage:
         """The shadow runs of one base model; those of another with the same numbers have the same subsets."""

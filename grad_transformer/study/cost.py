@@ -6,9 +6,9 @@ weights are loaded: models are built on the meta device.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -18,15 +18,18 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
 
-from ..errors import UsageError
+from ..errors import GradTransformerError, UsageError
 from ..evaluation.tasks import TASKS
+from ..files import parse_record
 from ..finetuning import FineTuningRecipe
 from ..refinement import RefinementArguments
 from ..refinement.annotators import MOST_TOGETHER
-from ..refinement.candidates import CANDIDATES
+from ..refinement.arguments import CANDIDATES
 from ..shadow.estimate import DEFAULT_MFU, DEVICES
 from ..training import MapperArguments
+from ..training.backbone import backbone_or_config
 from .builders import lab_model
+from .schema import ModelShapeRecord
 from .spec import StudySpec
 from .stages import Stage
 
@@ -160,8 +163,8 @@ def _cost(stage: Stage, sizes: _Sizes, peak: float, bandwidth: float) -> tuple[f
 def _mapper_cost(stage: Stage, sizes: _Sizes, speed: float) -> tuple[float, float, float]:
     source, target = (sizes.of(_needed_base(stage.inputs[side])) for side in ("source", "target"))
     arguments = MapperArguments(**stage.params["mapper"])
-    backbone = sizes.backbone_parameters(arguments.backbone or arguments.backbone_or_config())
-    width = sizes.backbone_width(arguments.backbone or arguments.backbone_or_config())
+    backbone = sizes.backbone_parameters(backbone_or_config(arguments))
+    width = sizes.backbone_width(backbone_or_config(arguments))
     # phi of the TinyLM, phi and psi of the LLM: blocks to hidden states and back.
     parameters = backbone + width * (source.adapter // source.layers + 2 * target.adapter // target.layers)
     shadows, training = stage.inputs["source"].params, stage.params["training"]
@@ -230,23 +233,26 @@ class _Sizes:
         if base.key not in self._found:
             lab = base.kind == "lab_base"
             config = _lab_config(base.params) if lab else self._config(base.params["model"])
-            self._found[base.key] = measure(config, self.spec.lora, bytes_per_weight=4 if lab else 2)
+            with _shapes_of(self.label(base)):
+                self._found[base.key] = measure(config, self.spec.lora, bytes_per_weight=4 if lab else 2)
         return self._found[base.key]
 
     def backbone_parameters(self, backbone: str | PreTrainedConfig) -> int:
         config = self._config(backbone) if isinstance(backbone, str) else backbone
-        model = _meta_model(config.to_json_string(), AutoModel)
-        # Without token embeddings, which a mapper has none of.
-        return sum(parameter.numel() for parameter in model.parameters()) - config.vocab_size * config.hidden_size
+        with _shapes_of(str(backbone)):
+            model = _meta_model(config.to_json_string(), AutoModel)
+            # Without token embeddings, which a mapper has none of.
+            return sum(parameter.numel() for parameter in model.parameters()) - config.vocab_size * config.hidden_size
 
     def backbone_width(self, backbone: str | PreTrainedConfig) -> int:
         config = self._config(backbone) if isinstance(backbone, str) else backbone
-        return config.hidden_size
+        with _shapes_of(str(backbone)):
+            return int(config.hidden_size)
 
     def _config(self, name: str) -> PreTrainedConfig:
         given = self.spec.configs.get(name)
         if given is not None:
-            return AutoConfig.for_model(**given)
+            return _known_config(given, name)
         try:
             return AutoConfig.from_pretrained(name)
         except (OSError, ValueError) as cause:
@@ -277,10 +283,36 @@ def measure(config: PreTrainedConfig, lora: Mapping[str, Any], *, bytes_per_weig
     )
 
 
+def _known_config(given: Mapping[str, Any], name: str) -> PreTrainedConfig:
+    """The config that a study gives, of sizes that can be built without weights in a moment."""
+    for key, value in given.items():
+        if isinstance(value, int) and abs(value) > (512 if "layers" in key or "experts" in key else 2**24):
+            raise UsageError(f"`{key}` of a model's config is out of range.", path=name, found=value)
+    with _shapes_of(name):
+        return AutoConfig.for_model(**given)
+
+
+@contextmanager
+def _shapes_of(name: str) -> Iterator[None]:
+    """Whatever transformers says of a config that describes no model, as an error that names it."""
+    try:
+        yield
+    except GradTransformerError:
+        raise
+    except Exception as cause:
+        raise UsageError(
+            "The shapes of a model cannot be found.",
+            path=name,
+            expected="a config that transformers can build",
+            found=f"{type(cause).__name__}: {str(cause)[:200]}",
+        ) from cause
+
+
 @cache
 def _meta_model(config: str, auto_class: Any) -> nn.Module:
     with torch.device("meta"):
-        return auto_class.from_config(AutoConfig.for_model(**json.loads(config)))
+        found = parse_record(config, ModelShapeRecord, path="config.json", error=UsageError)
+        return auto_class.from_config(AutoConfig.for_model(**found), trust_remote_code=False)
 
 
 def _lab_config(params: Mapping[str, Any]) -> PreTrainedConfig:

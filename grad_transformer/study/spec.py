@@ -107,7 +107,7 @@ class StudySpec:
     )
 
     def filled(self, known_experiments: Sequence[str]) -> StudySpec:
-        """With all defaults in place.
+        """With all defaults in place; [`check_study`] looks at every value.
 
         Args:
             known_experiments (`Sequence[str]`): names that `experiments` may have.
@@ -118,6 +118,8 @@ class StudySpec:
         spec = copy.deepcopy(self)
         for name, defaults in LAB_DEFAULTS.items():
             given = getattr(spec, name)
+            if not isinstance(given, dict):
+                raise UsageError(f"`{name}` of the study is no mapping.", expected="names and values", found=given)
             if name in ("tinylms", "llms"):
                 setattr(spec, name, given or copy.deepcopy(defaults))
                 continue
@@ -127,18 +129,15 @@ class StudySpec:
             own = self.world == "text" and name in ("mapper", "training", "recipe", "tinylm_recipe", "llm_recipe")
             setattr(spec, name, given if own else {**copy.deepcopy(defaults), **given})
         for name, defaults in TEXT_ONLY.items():
-            setattr(spec, name, {**defaults, **getattr(spec, name)})
+            given = getattr(spec, name)
+            if not isinstance(given, dict):
+                raise UsageError(f"`{name}` of the study is no mapping.", expected="names and values", found=given)
+            setattr(spec, name, {**defaults, **given})
         for role, chosen, known in (("tinylm", spec.tinylm, spec.tinylms), ("llm", spec.llm, spec.llms)):
             if chosen not in known:
                 raise UsageError(f"The study has no such {role}.", expected=", ".join(known), found=chosen)
-        if spec.world == "text":
-            if not spec.tasks:
-                raise UsageError("A text study needs tasks.", expected="tasks: [gsm8k, ...]", found="none")
-            for name, settings in {**spec.tinylms, **spec.llms}.items():
-                if "model" not in settings:
-                    raise UsageError(
-                        f"Base model {name} has no `model`.", expected="a folder or Hub id", found=list(settings)
-                    )
+        if spec.world == "text" and not spec.tasks:
+            raise UsageError("A text study needs tasks.", expected="tasks: [gsm8k, ...]", found="none")
         unknown = set(spec.experiments) - {"all", *known_experiments}
         if unknown:
             raise UsageError(

@@ -10,8 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..adapters.io import read_json, write_json_atomic
+from ..adapters.io import read_record, write_json_atomic
 from ..constants import FORMAT_VERSION
+from ..schemas import StageRecord
 
 
 STAGE_NAME = "stage.json"
@@ -49,12 +50,12 @@ class Stage:
 
     def result(self, study_dir: str | Path) -> dict[str, Any]:
         """Figures that the finished stage left."""
-        return read_json(self.folder(study_dir) / STAGE_NAME)["result"]
+        return read_record(self.folder(study_dir) / STAGE_NAME, StageRecord)["result"]
 
     def seconds(self, study_dir: str | Path) -> tuple[float, float]:
         """Wall time and processor time of the finished stage, interrupted attempts not counted."""
-        found = read_json(self.folder(study_dir) / STAGE_NAME)
-        return float(found["seconds"]), float(found["cpu_seconds"])
+        found = read_record(self.folder(study_dir) / STAGE_NAME, StageRecord)
+        return found["seconds"], found["cpu_seconds"]
 
     def finish(self, study_dir: str | Path, result: Mapping[str, Any], *, seconds: float, cpu_seconds: float) -> None:
         """Write the manifest, which alone says that the stage is finished."""

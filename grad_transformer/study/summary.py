@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..adapters.io import write_json_atomic, write_text_atomic
-from ..constants import FORMAT_VERSION
+from ..constants import FORMAT_VERSION, STUDY_NAME
 from ..evaluation.metrics import performance_gap_recovered, pgr_interval
 from .builders import StudyBuilder
 from .experiments import Experiment
@@ -23,7 +23,6 @@ from .tables import markdown
 from .work_clients import load_scores
 
 
-STUDY_NAME = "study.json"
 STUDY_MARKDOWN_NAME = "study.md"
 TIMINGS = "timings"
 

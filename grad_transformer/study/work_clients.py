@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from ..adapters import Root
-from ..adapters.io import read_json, save_tensors_atomic, write_json_atomic
+from ..adapters.io import load_tensors, read_record, save_tensors_atomic, write_json_atomic
 from ..client.mechanism import plan_noise
 from ..client.private import PrivacyArguments, finetune_client_privately
 from ..evaluation.clients import AdapterScorer
@@ -29,6 +28,7 @@ from ..refinement import (
     refine,
 )
 from ..refinement.candidates import MINIMUM_TASKS
+from ..schemas import LabelsRecord
 from ..shadow import FineTuneJob, fine_tune_many
 from ..tokenization_lora_delta import LoraDeltaTokenizer
 from .partition import reverse_blocks
@@ -111,7 +111,7 @@ def labels(stage: Stage, study_dir: Path, folder: Path) -> dict[str, Any]:
 def baseline(stage: Stage, study_dir: Path, folder: Path) -> dict[str, Any]:
     """Deltas of the LLM fine-tuned on weak labels."""
     params, start = stage.params, load_root(stage.inputs["root"], study_dir)
-    many = read_json(stage.inputs["labels"].folder(study_dir) / LABELS_NAME)["clients"]
+    many = read_record(stage.inputs["labels"].folder(study_dir) / LABELS_NAME, LabelsRecord)["clients"]
     if params["pooled"]:
         many = [[row for rows in many for row in rows]]
     scorer = _scorer(start, stage)
@@ -226,12 +226,12 @@ def scores(stage: Stage, study_dir: Path, folder: Path) -> dict[str, Any]:
 
 def load_deltas(stage: Stage, study_dir: Path) -> dict[str, torch.Tensor]:
     """Deltas `(C, numel)` that a stage left, by name."""
-    return load_file(stage.folder(study_dir) / DELTAS_NAME)
+    return load_tensors(stage.folder(study_dir) / DELTAS_NAME)
 
 
 def load_scores(stage: Stage, study_dir: Path, name: str) -> list[np.ndarray]:
     """Scores of every client's test rows."""
-    found = load_file(stage.folder(study_dir) / SCORES_NAME)
+    found = load_tensors(stage.folder(study_dir) / SCORES_NAME)
     return [found[f"{name}.{index}"].numpy() for index in range(len(stage.params["clients"]))]
 
 

@@ -13,13 +13,15 @@ import torch
 from peft import LoraConfig
 
 from ..adapters import Root, create_root
-from ..adapters.io import write_text_atomic
+from ..adapters.io import read_record, write_text_atomic
 from ..adapters.statistics import delta_reproducibility
 from ..evaluation.clients import score_heldout
 from ..evaluation.controls import ShadowPredictor, fit_controls
+from ..files import parse_record
 from ..finetuning import FineTuningRecipe, check_rows, load_base
 from ..lab import LabWorld, pretrain_base_models
 from ..modeling_grad_transformer import GradTransformer
+from ..schemas import LabBaseRecord, Object
 from ..shadow import ShadowPlan, plan_shadows, run_shadows
 from ..shadow.dataset import DeltaPairs
 from ..shadow.plan import SPLITS
@@ -39,8 +41,8 @@ def lab_base(stage: Stage, study_dir: Path, folder: Path) -> dict[str, Any]:
     role, model = stage.params["role"], lab_model(stage.params["role"], stage.params["sizes"])
     preset = replace(LAB_PRESET, tinylm=model) if role == "tinylm" else replace(LAB_PRESET, llm=model)
     (path,) = pretrain_base_models(LabWorld(stage.params["seed"], preset), folder, names=[role])
-    facts = json.loads((path / "base.json").read_text())
-    return {"model": role, "skill_accuracy": facts["skill_accuracy"], "parameters": facts["num_parameters"]}
+    facts = read_record(path / "base.json", LabBaseRecord)
+    return {"model": role, "skill_accuracy": facts.get("skill_accuracy"), "parameters": facts.get("num_parameters")}
 
 
 def hub_base(stage: Stage, study_dir: Path, folder: Path) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def shadows(stage: Stage, study_dir: Path, folder: Path) -> dict[str, Any]:
         columns = ("prompt", "completion", "task")
         text = "".join(json.dumps({name: row[name] for name in columns}) + "\n" for row in rows)
         write_text_atomic(public, text)
-    data = check_rows(json.loads(line) for line in public.read_text(encoding="utf-8").splitlines())
+    data = check_rows(parse_record(line, Object, path=public) for line in public.read_text("utf-8").splitlines())
     start.save_pretrained(root_folder(folder, "source"))
     recipe = FineTuningRecipe.from_dict(params["recipe"])
     plan = plan_shadows(

@@ -1,12 +1,11 @@
-"""Arguments of mapper and training, with the help texts that `grad-transformer train --help` shows."""
+"""Arguments of mapper and training, with the help texts that `grad-transformer train --help` shows.
+
+transformers' own are added in `trainer_arguments`: its import takes seconds, and this file is what `--help` needs.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-from transformers import PreTrainedConfig, T5Config, TrainingArguments
-
-from ..errors import UsageError
 
 
 @dataclass
@@ -57,39 +56,22 @@ class MapperArguments:
         },
     )
 
-    def backbone_or_config(self) -> str | PreTrainedConfig:
-        """The name of the pretrained backbone, or the config of a random one.
-
-        Raises:
-            [`UsageError`]: the heads do not divide the hidden size.
-        """
-        if self.backbone is not None:
-            return self.backbone
-        if self.d_model % self.num_heads:
-            raise UsageError(
-                "The attention heads do not divide the hidden size.",
-                expected="d_model a multiple of num_heads",
-                found=f"d_model={self.d_model}, num_heads={self.num_heads}",
-            )
-        return T5Config(
-            vocab_size=1,
-            d_model=self.d_model,
-            d_kv=self.d_model // self.num_heads,
-            d_ff=self.d_ff,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            dropout_rate=self.dropout_rate,
-            feed_forward_proj="gated-gelu",
-            pad_token_id=None,
-            eos_token_id=None,
-            tie_word_embeddings=False,
-        )
-
 
 @dataclass
-class GradTransformerTrainingArguments(TrainingArguments):
-    """transformers' `TrainingArguments` with defaults for mappers, and what is particular to pairs of deltas."""
+class TrainingOptions:
+    """Where training departs from transformers' `TrainingArguments`, and what most trainings set of them."""
 
+    output_dir: str = field(metadata={"help": "Folder for mapper and checkpoints."})
+    max_steps: int = field(default=-1, metadata={"help": "Optimizer steps, in place of num_train_epochs; -1: epochs."})
+    seed: int = field(default=42, metadata={"help": "Seed of weights and data order."})
+    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16, on devices that have it."})
+    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU although there is another device."})
+    warmup_steps: float = field(
+        default=0, metadata={"help": "Steps over which the learning rate rises; below 1, their share of all."}
+    )
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches of an optimizer step."})
+    eval_steps: float | None = field(default=None, metadata={"help": "Steps between evaluations by `steps`."})
+    save_steps: float = field(default=500, metadata={"help": "Steps between checkpoints by `steps`."})
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate (paper: 2e-5 to 8e-5)."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     num_train_epochs: float = field(default=30.0, metadata={"help": "Passes over the training pairs (paper: 30)."})

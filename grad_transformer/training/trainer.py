@@ -9,20 +9,24 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import EarlyStoppingCallback, Trainer
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ..adapters import Root
 from ..adapters.io import write_json_atomic
 from ..adapters.rows import DeltaRows, text_column
 from ..adapters.statistics import task_mean_ceiling
-from ..errors import DeltaDatasetError
+from ..errors import DeltaDatasetError, UsageError
 from ..modeling_grad_transformer import GradTransformer
 from ..tokenization_lora_delta import LoraDeltaTokenizer
-from .arguments import GradTransformerTrainingArguments, MapperArguments
+from .arguments import MapperArguments
+from .backbone import backbone_or_config
+from .checkpoints import last_whole_checkpoint
 from .heldout import HeldoutMetrics, evaluate_heldout
 from .pairs import DeltaPairCollator, DeltaPairRows
+from .progress import TrainingProgress
+from .trainer_arguments import GradTransformerTrainingArguments
 
 
 logger = logging.get_logger(__name__)
@@ -62,6 +66,9 @@ class GradTransformerTrainer(Trainer):
                 remedy="build the dataset with `grad-transformer build`, which splits by run",
             )
         source_tokenizer, target_tokenizer = model.tokenizers()
+        if args.device.type in ("cpu", "mps"):
+            # Nothing is copied to a device that pinned memory would help; torch warns of it.
+            args.dataloader_pin_memory = False
         callbacks = trainer_kwargs.pop("callbacks", None) or []
         if args.early_stopping_patience is not None:
             callbacks = [*callbacks, EarlyStoppingCallback(early_stopping_patience=args.early_stopping_patience)]
@@ -74,6 +81,9 @@ class GradTransformerTrainer(Trainer):
             callbacks=callbacks,
             **trainer_kwargs,
         )
+        self.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(TrainingProgress())
         self.heldout: HeldoutMetrics | None = None
         # Pairs and their ceiling, which no step of training changes.
         self._ceilings: list[tuple[DeltaPairRows, float | None]] = []
@@ -176,7 +186,7 @@ def build_mapper(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GradTransformer.from_backbone(
-            arguments.backbone_or_config(),
+            backbone_or_config(arguments),
             tokenizers["source"],
             tokenizers["target"],
             decoding=arguments.decoding,
@@ -197,18 +207,31 @@ def train_mapper(
         model ([`GradTransformer`]): as [`build_mapper`] gives it.
         splits (`dict[str, datasets.Dataset]`): `train`, and `validation` and `test` where there are such runs.
         args ([`GradTransformerTrainingArguments`]): `output_dir` receives the mapper and its checkpoints.
-        resume (`bool`, *optional*, defaults to `True`): go on from the last checkpoint in `output_dir`.
+        resume (`bool`, *optional*, defaults to `True`): go on from the last whole checkpoint in `output_dir`, which
+            must be of the same pairs and arguments (see [`TrainingIdentity`]); half-written ones are removed.
 
     Returns:
         the trainer, and the figures on the test runs (None without test runs).
+
+    Raises:
+        [`UsageError`]: early stopping without a best checkpoint to stop at.
     """
     validation, test = splits.get("validation"), splits.get("test")
     if validation is None or len(validation) == 0:
-        logger.warning("There are no validation runs: the last checkpoint is kept, not the best one.")
+        logger.warning(
+            "There are no validation runs: the last checkpoint is kept, not the best one, and nothing stops early."
+        )
         validation, args.eval_strategy, args.load_best_model_at_end = None, "no", False
+        args.early_stopping_patience = None
+    if args.early_stopping_patience is not None and not args.load_best_model_at_end:
+        raise UsageError(
+            "Early stopping waits for a better checkpoint, and none is kept.",
+            expected="load_best_model_at_end with early_stopping_patience",
+            found=f"early_stopping_patience={args.early_stopping_patience}, load_best_model_at_end=False",
+        )
     trainer = GradTransformerTrainer(model, args, train_dataset=splits["train"], eval_dataset=validation)
-    checkpoint = get_last_checkpoint(args.output_dir) if resume and Path(args.output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    checkpoint = last_whole_checkpoint(args.output_dir, remove_others=args.should_save) if resume else None
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model()
     heldout = trainer.measure(test) if test is not None and len(test) else None
     return trainer, heldout

@@ -1,78 +1,111 @@
+"""What rows may look like, and in which order they are read."""
+
 from __future__ import annotations
 
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
-from trl import SFTConfig, SFTTrainer
 
 from grad_transformer.errors import DataError
-from grad_transformer.finetuning import check_rows, load_rows, row_order, tokenize_rows
+from grad_transformer.finetuning import check_rows, load_rows, row_order
 
 
-ROWS = [
-    {"prompt": "?1 ?2 012345 >", "completion": "543210", "task": "reverse", "extra": "1"},
-    {"prompt": "?1 ?2 4 >", "completion": "4", "task": "copy", "extra": "2"},
-    {"prompt": "?1 ?2 007 >", "completion": "700<eos>", "task": "reverse", "extra": "3"},
-]
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ {'system': 'g0', 'user': 'f0', 'assistant': 'f1'}[message['role']] }}"
-    "{{ message['content'] }}<eos>{% endfor %}{% if add_generation_prompt %}f1{% endif %}"
-)
+USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"minimum": 1}}}
 
 
-def conversation(row: dict[str, str]) -> dict[str, Any]:
-    return {
-        "prompt": [{"role": "system", "content": "9"}, {"role": "user", "content": row["prompt"]}],
-        "completion": [{"role": "assistant", "content": row["completion"].removesuffix("<eos>")}],
-    }
+def load(tmp_path: Path, rows: list[dict[str, Any]], **arguments: Any) -> Dataset:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_rows(path, **arguments)
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    elif path.suffix == ".csv":
-        Dataset.from_list(rows).to_csv(path, index=False)
-    else:
-        Dataset.from_list(rows).to_parquet(path)
-    return path
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
-@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
-def test_every_format_gives_the_same_text(tmp_path: Path, suffix: str, folder: bool) -> None:
-    """Digits stay text, leading zeros included, in CSV too."""
-    path = write(tmp_path / "data" / f"train.{suffix}", ROWS)
-    rows = load_rows(path.parent if folder else path)
-    assert rows.column_names == ["prompt", "completion", "task"]
-    assert rows.to_list() == [{key: row[key] for key in rows.column_names} for row in ROWS]
-
-
-def test_a_part_of_a_split_can_be_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", ROWS)
-    assert load_rows(path, split="train[1:]")["prompt"] == [row["prompt"] for row in ROWS[1:]]
-
-
-def test_words_that_pandas_takes_for_missing_stay_words(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text("prompt,completion\nNA,null\n1,\n")
-    assert load_rows(tmp_path / "rows.csv").to_list() == [
-        {"prompt": "NA", "completion": "null"},
-        {"prompt": "1", "completion": ""},
+def test_messages_end_in_the_turn_that_is_learned(tmp_path: Path) -> None:
+    """All before the assistant's last turn is the prompt, earlier answers included; several messages are one turn."""
+    before = [{"role": "system", "content": "s"}, USER, ASSISTANT, USER]
+    rows = load(tmp_path, [{"messages": [*before, CALL, ASSISTANT]}, {"messages": [USER, ASSISTANT]}])
+    assert rows.to_list() == [
+        {"prompt": before, "completion": [CALL, ASSISTANT]},
+        {"prompt": [USER], "completion": [ASSISTANT]},
     ]
+    for messages, message in (
+        ([USER], "do not end"),
+        ([ASSISTANT], "nothing before"),
+        ([], "not a list"),
+        ("a", "not"),
+    ):
+        with pytest.raises(DataError, match=f"`messages` of line 1 .*{message}"):
+            load(tmp_path, [{"messages": messages}])
 
 
-def test_a_task_that_is_a_number_becomes_text(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", [{"prompt": "1", "completion": "2", "task": 7}])
-    assert load_rows(path)["task"] == ["7"]
+def test_alpacas_columns_become_a_prompt_with_its_headings(tmp_path: Path) -> None:
+    rows = load(
+        tmp_path,
+        [
+            {"instruction": "Add.", "input": "1 2", "output": "3", "text": "ignored"},
+            {"instruction": "Say hello.", "input": "", "output": "Hello."},
+            {"instruction": "Say hello.", "output": "Hello."},
+        ],
+    )
+    assert rows["completion"][:] == ["3", "Hello.", "Hello."]
+    assert rows["prompt"][0] == "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
+    assert rows["prompt"][1] == rows["prompt"][2] == "### Instruction:\nSay hello.\n\n### Response:\n"
+    with pytest.raises(DataError, match="`output` of line 1 is not text"):
+        load(tmp_path, [{"instruction": "a", "output": 3}])
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    row = {"question": "q", "answer": "a", "prompt": "other", "completion": "other"}
+    named = {"prompt_column": "question", "completion_column": "answer"}
+    assert load(tmp_path, [row], **named).to_list() == [{"prompt": "q", "completion": "a"}]
+    assert check_rows([row], **named).to_list() == [{"prompt": "q", "completion": "a"}]
+    with pytest.raises(DataError, match="no column `answers`"):
+        load(tmp_path, [row], completion_column="answers")
+
+
+def test_dates_stay_text_in_messages_too(tmp_path: Path) -> None:
+    chat = {"prompt": [USER], "completion": [{"role": "assistant", "content": "2024-03-01"}], "task": "2024-03-01"}
+    assert load(tmp_path, [chat] * 5).to_list() == [chat] * 5
+
+
+def test_parts_of_text_become_the_text_of_the_message() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    rows = check_rows([{"prompt": [{"role": "user", "content": parts}], "completion": [ASSISTANT]}])
+    assert rows[0]["prompt"] == [{"role": "user", "content": "ab"}]
+    image = [{"role": "user", "content": [{"type": "image", "url": "x"}]}]
+    with pytest.raises(DataError, match="`prompt` of row 0 is no text"):
+        check_rows([{"prompt": image, "completion": [ASSISTANT]}])
+
+
+def test_messages_and_tools_are_kept_as_they_are_and_not_filled_up_with_each_others_keys() -> None:
+    rows = [
+        {"prompt": [USER], "completion": [CALL], "tools": [TOOL]},
+        {"prompt": [{**USER, "name": "x", "weight": 0.5, "nothing": None}], "completion": [ASSISTANT], "tools": None},
+        {"prompt": [USER], "completion": [ASSISTANT], "tools": json.dumps([TOOL])},
+    ]
+    found = check_rows(rows).to_list()
+    assert found[0] == rows[0]
+    assert found[1]["prompt"] == [{**USER, "name": "x", "weight": 0.5}]
+    assert [row["tools"] for row in found] == [[TOOL], None, [TOOL]]
+    assert check_rows(check_rows(rows)).to_list() == found
+
+
+def test_tasks_are_text_or_whole_numbers() -> None:
+    row = {"prompt": "1", "completion": "2"}
+    assert check_rows([{**row, "task": 7}, {**row, "task": np.int64(8)}, row])["task"][:] == ["7", "8", None]
+    assert "task" not in check_rows([{**row, "task": None}]).column_names
+    for task in (["x"], 1.5, True, {"a": 1}, float("nan")):
+        with pytest.raises(DataError, match="`task` of row 1 is not text"):
+            check_rows([{**row, "task": "x"}, {**row, "task": task}])
 
 
 @pytest.mark.parametrize(
@@ -80,89 +113,59 @@ def test_a_task_that_is_a_number_becomes_text(tmp_path: Path) -> None:
     [
         ([{"prompt": "1", "answer": "2"}], "no column `completion`"),
         ([{"text": "1"}], "no column `prompt` and no column `completion`"),
-        ([{"prompt": "1", "completion": 2}], "`completion` of row 0"),
-        ([{"prompt": "1", "completion": "2"}, {"prompt": "1", "completion": None}], "`completion` of row 1"),
-        ([{"prompt": [{"role": "user", "content": "1"}], "completion": "2"}], "`completion` of row 0"),
-        ([{"prompt": [], "completion": []}], "`prompt` of row 0"),
+        ([{"prompt": "1", "completion": 2}], "`completion` of line 1"),
+        (
+            [{"prompt": "1", "completion": "2"}, {"prompt": "1", "completion": None}],
+            "`completion` of line 2 is missing",
+        ),
+        ([{"prompt": "1", "completion": "2"}, {"prompt": "1"}], "`completion` of line 2 is missing"),
+        ([{"prompt": [USER], "completion": "2"}], "`completion` of line 1"),
+        ([{"prompt": [USER], "completion": [ASSISTANT]}, {"prompt": "1", "completion": "2"}], "`prompt` of line 2"),
+        ([{"prompt": [], "completion": []}], "`prompt` of line 1"),
+        ([{"prompt": [{"content": "1"}], "completion": [ASSISTANT]}], "`prompt` of line 1"),
+        ([{"prompt": [USER], "completion": [{"role": "assistant", "content": None}]}], "has no content"),
+        ([{"prompt": [USER], "completion": [{"role": "assistant", "content": 3}]}], "no text"),
+        ([{"prompt": [{**USER, "x": 2**70}], "completion": [ASSISTANT]}], "what JSON cannot hold"),
+        ([{"prompt": "1", "completion": ""}], "`completion` of line 1 is empty"),
+        ([{"prompt": "1", "completion": " \n"}], "`completion` of line 1 is empty"),
+        ([{"prompt": "", "completion": "1"}], "`prompt` of line 1 is empty"),
+        (
+            [{"prompt": [USER], "completion": [{"role": "assistant", "content": ""}]}],
+            "`completion` of line 1 is empty",
+        ),
+        ([{"prompt": "1", "completion": "2", "tools": [TOOL]}], "`tools` of line 1 has no place"),
+        ([{"prompt": [USER], "completion": [ASSISTANT], "tools": "f"}], "`tools` of line 1 is not a list"),
     ],
 )
 def test_rows_that_cannot_be_trained_on_are_refused(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        load_rows(write(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(DataError, match=message) as error:
+        load(tmp_path, rows)
+    assert str(tmp_path / "rows.jsonl") in str(error.value)
 
 
-def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
-    write(tmp_path / "rows.jsonl", ROWS)
-    (tmp_path / "rows.txt").write_text("1")
-    (tmp_path / "broken.jsonl").write_text("{")
-    (tmp_path / "empty.csv").write_text("prompt,completion\n")
-    for path, split in (
-        (tmp_path / "nowhere", "train"),
-        (tmp_path / "rows.txt", "train"),
-        (tmp_path / "broken.jsonl", "train"),
-        (tmp_path / "empty.csv", "train"),
-        ("nobody/no-such-dataset", "train"),
+def test_what_is_no_rows_is_refused() -> None:
+    rows = Dataset.from_list([{"prompt": "1", "completion": "2"}])
+    frame = SimpleNamespace(columns=["prompt", "completion"], to_dict=lambda _: rows.to_list())
+    assert check_rows(frame).to_list() == rows.to_list()  # type: ignore[arg-type]
+    assert check_rows(iter(rows.to_list())).to_list() == rows.to_list()
+    for other, message in (
+        (DatasetDict(train=rows), 'rows\\["train"\\]'),
+        ({"prompt": ["1"]}, "no rows"),
+        ("rows.jsonl", "load_rows"),
+        ([], "no rows"),
+        (["a"], "Row 0 is no row"),
+        (3, "no rows"),
     ):
-        with pytest.raises(DataError) as error:
-            load_rows(path, split=split)
-        assert str(path) in str(error.value)
-    write(tmp_path / "folder" / "train.jsonl", ROWS)
-    with pytest.raises(DataError, match="validation"):
-        load_rows(tmp_path / "folder", split="validation")
+        with pytest.raises(DataError, match=message):
+            check_rows(other)  # type: ignore[arg-type]
 
 
-def test_the_loss_is_on_the_completion_and_its_end(tokenizer: PreTrainedTokenizerBase) -> None:
-    tokens = tokenize_rows(check_rows(ROWS), tokenizer, max_length=32)
-    for row, ids, labels in zip(ROWS, tokens["input_ids"], tokens["labels"], strict=True):
-        learned = [label for label in labels if label != -100]
-        completion = row["completion"].removesuffix("<eos>")
-        assert learned == tokenizer(completion)["input_ids"] + [tokenizer.eos_token_id]
-        assert ids[-len(learned) :] == learned
-        assert ids[: -len(learned)] == tokenizer(row["prompt"])["input_ids"]
-
-
-def test_truncation_keeps_the_start(tokenizer: PreTrainedTokenizerBase) -> None:
-    whole = tokenize_rows(check_rows(ROWS[:1]), tokenizer, max_length=32)[0]
-    cut = tokenize_rows(check_rows(ROWS[:1]), tokenizer, max_length=11)[0]
-    assert cut == {key: value[:11] for key, value in whole.items()}
-
-
-def test_a_row_without_a_label_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(DataError, match="Row 1 has no token to learn"):
-        tokenize_rows(check_rows([ROWS[1], ROWS[0]]), tokenizer, max_length=9)
-
-
-def test_tokenizers_that_cannot_say_where_an_answer_ends_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(DataError, match="chat template"):
-        tokenize_rows(check_rows([conversation(ROWS[0])]), tokenizer, max_length=64)
-    tokenizer.eos_token = None
-    with pytest.raises(DataError, match="end token"):
-        tokenize_rows(check_rows(ROWS), tokenizer, max_length=64)
-
-
-@pytest.mark.parametrize(("conversational", "max_length"), [(False, 11), (False, 64), (True, 14), (True, 64)])
-def test_trl_makes_the_same_tokens_and_labels(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, conversational: bool, max_length: int
-) -> None:
-    raw = [conversation(row) for row in ROWS[1:]] if conversational else [dict(row) for row in ROWS]
-    rows = check_rows([{key: row[key] for key in ("prompt", "completion")} for row in raw])
-    tokenizer.chat_template = CHAT_TEMPLATE
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    args = SFTConfig(output_dir=str(tmp_path), max_length=max_length, report_to="none", bf16=False)
-    trainer = SFTTrainer(Qwen2ForCausalLM(config), args, train_dataset=rows, processing_class=tokenizer)
-    assert trainer.train_dataset is not None
-    theirs = trainer.train_dataset.select_columns(["input_ids", "labels"]).to_list()
-    assert tokenize_rows(rows, tokenizer, max_length).to_list() == theirs
+def test_too_deep_messages_are_refused() -> None:
+    value: Any = "x"
+    for _ in range(100):
+        value = [value]
+    with pytest.raises(DataError, match="what JSON cannot hold"):
+        check_rows([{"prompt": [{**USER, "x": value}], "completion": [ASSISTANT]}])
 
 
 @given(st.integers(1, 30), st.integers(0, 100), st.integers(0, 2**31))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import multiprocessing
 import os
@@ -18,7 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grad_transformer.errors import RecipeError, UsageError, WorkerLostError
+from grad_transformer.errors import OutputError, RecipeError, UsageError, WorkerLostError
+from grad_transformer.locks import sole_writer
 from grad_transformer.shadow import ShadowPlan, missing_runs, run_shadows
 from grad_transformer.shadow.executors import Group, spread
 from grad_transformer.shadow.run import do_group
@@ -30,10 +32,12 @@ Outcome = tuple[bool, dict[str, str | None] | None]
 
 
 class ScriptedWorkers:
-    """Ends groups in the order they were handed out, as a script says."""
+    """Ends groups in the order they were handed out, as a script says; with `idle_die` a worker that has nothing to
+    do is lost, before any other ends."""
 
-    def __init__(self, outcome: Callable[[Group], Outcome]):
-        self._outcome = outcome
+    def __init__(self, outcome: Callable[[Group], Outcome], *, idle_die: bool = False):
+        self._outcome, self._idle_die = outcome, idle_die
+        self._idle: list[int] = []
         self.handed_out: list[tuple[int, Group]] = []
         self.most_at_once = 0
         self.closed = False
@@ -46,7 +50,13 @@ class ScriptedWorkers:
         self.most_at_once = max(self.most_at_once, len(self._running))
 
     def next_done(self) -> tuple[int, bool, dict[str, str | None] | None]:
+        running = dict(self._running)
+        idle = [slot for slot in self._idle if slot not in running]
+        if self._idle_die and idle:
+            self._idle.remove(idle[0])
+            return idle[0], True, None
         slot, group = self._running.pop(0)
+        self._idle.append(slot)
         return slot, *self._outcome(group)
 
     def close(self) -> None:
@@ -60,6 +70,13 @@ def test_a_group_is_handed_out_again_where_its_worker_was_lost() -> None:
     assert workers.closed
     times = [sum(group.shadow_ids == other.shadow_ids for _, other in workers.handed_out) for group in GROUPS]
     assert times == [1, 1, 3, 1, 1, 1]
+
+
+def test_a_worker_that_is_lost_while_it_has_no_group_takes_none_with_it() -> None:
+    workers = ScriptedWorkers(lambda group: (False, None), idle_die=True)
+    spread(GROUPS, workers, num_workers=4, retries=0)
+    assert sorted(group.shadow_ids for _, group in workers.handed_out) == sorted(g.shadow_ids for g in GROUPS)
+    assert workers.closed
 
 
 def test_workers_that_are_always_lost_are_given_up() -> None:
@@ -86,6 +103,19 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
             run_shadows(plan_dir, **options)  # type: ignore[arg-type]
 
 
+def test_runs_of_one_role_are_done_by_one_process_at_a_time(tmp_path: Path) -> None:
+    plan_dir = make_plan(tmp_path, 2)
+    with sole_writer(plan_dir / "runs" / "source"):
+        with pytest.raises(OutputError, match="Another process"):
+            run_shadows(plan_dir)
+        assert finished(plan_dir) == {}
+        # The other role is nobody's.
+        assert run_shadows(plan_dir, roles=["target"]) == {"target": 2}
+    assert run_shadows(plan_dir) == {"source": 2, "target": 0}
+    with sole_writer(plan_dir / "runs" / "source"):
+        assert run_shadows(plan_dir) == {"source": 0, "target": 0}
+
+
 def test_a_group_does_only_what_is_missing_and_reports_errors_as_data(tmp_path: Path) -> None:
     plan_dir = make_plan(tmp_path, 4)
     plan = ShadowPlan.load(plan_dir)
@@ -100,6 +130,18 @@ def test_a_group_does_only_what_is_missing_and_reports_errors_as_data(tmp_path: 
     failure = do_group(str(plan_dir), "target", ids, options)
     assert failure is not None
     assert failure["error"] == "PlanError"
+
+
+def test_a_full_disk_of_a_worker_is_told_and_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    plan_dir = make_plan(tmp_path, 2)
+    monkeypatch.setattr("grad_transformer.shadow.run.write_run", full)
+    options = {"engine": "batched", "adapters_per_batch": 2, "dtype": "auto", "device": None}
+    failure = do_group(str(plan_dir), "source", ["shadow-00000"], options)
+    assert failure is not None
+    assert (failure["error"], failure["found"]) == ("OutputError", os.strerror(errno.ENOSPC))
 
 
 def kill_when(condition: Callable[[], bool], process_id: Callable[[], int], killed: list[int]) -> threading.Thread:

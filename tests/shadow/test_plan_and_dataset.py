@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from grad_transformer.errors import (
     DeltaDatasetError,
     FormatVersionError,
     IncompleteArtifactError,
+    OutputError,
     PlanError,
 )
 from grad_transformer.finetuning import FineTuningRecipe, load_rows
@@ -199,9 +201,54 @@ def test_the_dataset_loads_with_plain_datasets_and_holds_adapter_minus_root(
     assert deltas.source_root.fingerprint == world["roots"]["source"].fingerprint
 
 
-def test_missing_runs_are_named_or_left_out(world: dict[str, Any], finished: Path, tmp_path: Path) -> None:
-    import shutil
+def test_how_well_deltas_agree_is_said_of_training_runs_alone(finished: Path) -> None:
+    """As in the report of a mapper: held-out runs say nothing of what it could learn from."""
+    summary = shadow_summary(finished)
+    assert {found.num_deltas for found in summary.values() if found is not None} == {6}
 
+
+def test_a_delta_dataset_is_no_plan_and_takes_no_other_plan(
+    world: dict[str, Any], finished: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "deltas"
+    build_delta_dataset(finished, folder)
+    for interrupted in (False, True):
+        if interrupted:
+            (folder / "delta_dataset.json").unlink()
+        for use in (run_shadows, shadow_summary, lambda plan_dir: build_delta_dataset(plan_dir, tmp_path / "x")):
+            with pytest.raises(PlanError, match="not that of a shadow plan"):
+                use(folder)
+        assert not (folder / "runs").exists()
+    build_delta_dataset(finished, folder)
+    with pytest.raises(OutputError, match="made from"):
+        build_delta_dataset(finished, finished / "deltas")
+    with pytest.raises(OutputError, match="something else"):
+        build_delta_dataset(finished, world["path"] / "source_root")
+    manifest = json.loads((folder / "delta_dataset.json").read_text())
+    (folder / "delta_dataset.json").write_text(json.dumps({**manifest, "plan_fingerprint": "another"}))
+    with pytest.raises(DeltaDatasetError, match="another plan"):
+        build_delta_dataset(finished, folder)
+
+
+def test_a_changed_manifest_or_root_of_a_dataset_is_refused(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "deltas"
+    manifest = build_delta_dataset(finished, folder)
+    assert load_delta_dataset(folder).fingerprint == manifest["fingerprint"]
+    # Datasets from before had no fingerprint, and have the same now.
+    older = {name: value for name, value in manifest.items() if name != "fingerprint"}
+    (folder / "delta_dataset.json").write_text(json.dumps(older))
+    assert load_delta_dataset(folder).fingerprint == manifest["fingerprint"]
+    recipes = {**manifest["recipes"], "source": {**manifest["recipes"]["source"], "max_steps": 99}}
+    (folder / "delta_dataset.json").write_text(json.dumps({**manifest, "recipes": recipes}))
+    with pytest.raises(DeltaDatasetError, match="manifest"):
+        load_delta_dataset(folder)
+    (folder / "delta_dataset.json").write_text(json.dumps(manifest))
+    shutil.copytree(folder / "source_root", folder / "target_root", dirs_exist_ok=True)
+    with pytest.raises(IncompleteArtifactError, match="not the one"):
+        _ = load_delta_dataset(folder).target_root
+
+
+def test_missing_runs_are_named_or_left_out(world: dict[str, Any], finished: Path, tmp_path: Path) -> None:
     partial = tmp_path / "partial"
     shutil.copytree(finished, partial)
     (partial / "runs" / "target" / "shadow-00001.safetensors").unlink()

@@ -14,8 +14,10 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
+from grad_transformer.training import MapperArguments
 from tests.training import worker
 from tests.training.test_training import make_splits, roots, train  # noqa: F401 - a fixture
+from tests.worlds import tiny_root
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -50,6 +52,20 @@ def test_two_processes_train_as_one_does(roots, tmp_path):  # noqa: F811
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_shipped_configurations_are_read_by_accelerate_without_complaint(path):
     assert load_config_from_file(str(path)).num_processes >= 2
+
+
+@pytest.mark.parametrize("decoding", ["autoregressive", "parallel"])
+def test_bfloat16_arithmetic_does_with_blocks_of_several_types(tmp_path, decoding):
+    pattern = {"layers.1.self_attn.q_proj": 3}
+    mixed = tiny_root(tmp_path / "tiny", rank_pattern=pattern), tiny_root(tmp_path / "large", rank_pattern=pattern)
+    assert all(len(root.layout.type_widths) == 2 for root in mixed)
+    mapper = MapperArguments(d_model=32, d_ff=64, num_layers=1, num_heads=2, decoding=decoding)
+    short: dict[str, Any] = {"max_steps": 2, "logging_steps": 1, "eval_steps": 2, "save_steps": 2}
+    losses = []
+    for bf16 in (False, True):
+        trainer, _ = train(mixed, make_splits(mixed), tmp_path / str(bf16), mapper=mapper, bf16=bf16, **short)
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 def test_bfloat16_arithmetic_keeps_weights_and_moments_in_float32(roots, tmp_path):  # noqa: F811

@@ -21,6 +21,7 @@ from grad_transformer.training import (
     evaluate_heldout,
     train_mapper,
 )
+from grad_transformer.training.backbone import backbone_or_config
 from tests.worlds import tiny_root
 
 
@@ -269,4 +270,4 @@ def test_a_run_on_both_sides_of_the_split_is_refused(roots, tmp_path):
 
 def test_heads_must_divide_the_hidden_size():
     with pytest.raises(UsageError, match="do not divide"):
-        MapperArguments(d_model=10, num_heads=4).backbone_or_config()
+        backbone_or_config(MapperArguments(d_model=10, num_heads=4))

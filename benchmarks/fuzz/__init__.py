@@ -1,0 +1,1 @@
+"""Broken, hostile and random files for everything that is read. `python -m benchmarks.fuzz --help`."""
