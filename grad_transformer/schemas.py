@@ -370,6 +370,7 @@ class PrivateRunRecord(TypedDict):
     key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     identity: dict[str, Digest]
     spent_before: dict[str, Annotated[list[Number], Field(min_length=2, max_length=2)]]
+    delivered_steps: Count
 
 
 @_open

@@ -50,7 +50,8 @@ def claim_folder(
         what had been spent there when this run began: its own spending, after an interruption, is not counted twice.
 
     Raises:
-        [`UsageError`]: the checkpoints are of other rows, another recipe, budget or base model.
+        [`UsageError`]: the checkpoints are of other rows, another recipe, budget or base model; or one that an adapter
+            was made from is not whole any more.
         [`IncompleteArtifactError`]: there are checkpoints, but nothing says whose they are.
     """
     folder, place = Path(folder), str(Path(output_dir).resolve())
@@ -69,12 +70,14 @@ def claim_folder(
             "key": key,
             "identity": _keyed(identity, key),
             "spent_before": {place: list(spent)},
+            "delivered_steps": 0,
         }
         write_json_atomic(path, run)
         return spent
     run = dict(read_record(path, PrivateRunRecord))
     found, expected = run["identity"], _keyed(identity, run["key"])
     before = {name: (epsilon, delta) for name, (epsilon, delta) in run["spent_before"].items()}
+    delivered = run["delivered_steps"]
     differing = sorted(name for name in expected if not hmac.compare_digest(found.get(name, ""), expected[name]))
     if differing:
         raise UsageError(
@@ -84,10 +87,25 @@ def claim_folder(
             found=f"a difference in {', '.join(differing)}",
             remedy="choose an empty --dp_checkpoint_dir",
         )
+    last = last_whole(folder)
+    if delivered > sum(steps for _, _, steps in (read_history(last) if last else ())):
+        raise UsageError(
+            "The checkpoint behind an adapter that was delivered is gone: its steps, run again, would spend again.",
+            path=folder,
+            expected=f"a checkpoint after {delivered} steps",
+            found=last or "no checkpoint",
+            remedy="choose an empty --dp_checkpoint_dir",
+        )
     if place not in before:
         before[place] = spent
         write_json_atomic(path, {**run, "spent_before": {name: list(pair) for name, pair in before.items()}})
     return before[place]
+
+
+def record_delivery(folder: str | Path, steps: int) -> None:
+    """Say in a claimed folder that an adapter leaves after so many steps, before it does."""
+    path = Path(folder) / RUN_NAME
+    write_json_atomic(path, {**read_json(path), "delivered_steps": steps})
 
 
 def write_manifest(checkpoint: str | Path, history: Iterable[Iterable[float]]) -> None:

@@ -19,8 +19,9 @@ from ..constants import FORMAT_VERSION, SOURCE_FOLDER
 from ..errors import IncompleteArtifactError
 from ..finetuning import FineTuningRecipe, SftResult, attach_root, check_rows, load_root_base, run_sft
 from ..finetuning.sft import SftTrainer
+from ..outputs import prepare_output
 from ..tokenization_lora_delta import LoraDeltaTokenizer
-from .output import check_output_dir, write_adapter
+from .output import write_adapter
 from .progress import show_steps
 from .terms import ClientTerms, agree
 
@@ -77,8 +78,8 @@ def finetune_client(
         [`BaseModelMismatchError`]: `base_model` is not the model that the root was made for.
         [`DataError`], [`RecipeError`]: the rows cannot be used, or the fine-tune diverged or changed nothing; or the
             recipe is beyond what a client runs.
-        [`UsageError`]: unusual terms that were not accepted; or an `output_dir` that is a file, holds something else,
-            or cannot be written.
+        [`UsageError`]: unusual terms that were not accepted.
+        [`OutputError`]: `output_dir` is a file, holds something else, or cannot be written.
     """
     task = prepare_client(
         mapper,
@@ -87,7 +88,7 @@ def finetune_client(
         recipe=recipe,
         hub_kwargs=hub_kwargs,
     )
-    check_output_dir(output_dir, bytes_needed=task.num_bytes)
+    prepare_output(output_dir, "client_adapter")
     terms = task.terms()
     agree(terms, accept_recipe)
     model, text_tokenizer = task.load(base_model=base_model, dtype=dtype, device=device)
@@ -121,11 +122,6 @@ class ClientTask:
     root: Root
     recipe: FineTuningRecipe
     rows: datasets.Dataset
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the adapter's values on disk."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.root.adapter.tensors.values())
 
     def terms(self, **privacy: Any) -> ClientTerms:
         """What will be done; `privacy` are the fields of [`ClientTerms`] that a private fine-tune adds."""

@@ -24,13 +24,14 @@ from ..errors import UsageError
 from ..files import write_text_atomic
 from ..finetuning import FineTuningRecipe, SftResult, check_rows, read_adapter_tensors, tokenize_rows
 from ..finetuning.sft import check_result, check_supported
+from ..outputs import prepare_output
 from ..tokenization_lora_delta import LoraDeltaTokenizer
 from .arguments import PrivacyArguments
-from .checkpoints import claim_folder, last_whole, rows_digest
+from .checkpoints import claim_folder, last_whole, record_delivery, rows_digest
 from .finetune import ClientTask, prepare_client
 from .groups import rows_by_group
 from .mechanism import plan_noise
-from .output import check_output_dir, spent_before, storage_errors
+from .output import check_outside, disk_errors, spent_before
 from .terms import ClientTerms, agree
 from .trainer import PrivateSFTTrainer
 
@@ -87,7 +88,7 @@ def finetune_client_privately(
 
     Raises:
         [`UsageError`]: arguments out of range, among them a delta of one over the number of rows or more; early
-            stopping without being told so; checkpoints of another run; a disk that cannot be written.
+            stopping without being told so; checkpoints of another run.
         errors of [`finetune_client`].
     """
     if (eval_rows is None) != (early_stopping_patience is None):
@@ -107,13 +108,14 @@ def finetune_client_privately(
     groups = None if privacy.group_column is None else rows_by_group(rows, privacy.group_column)
     assert groups is None or sum(map(len, groups)) == len(task.rows)
     privacy = dataclasses.replace(privacy, batch_size=privacy.batch_size or task.recipe.rows_per_step)
-    check_output_dir(output_dir, bytes_needed=task.num_bytes, checkpoint_dir=checkpoint_dir)
+    prepare_output(output_dir, "client_adapter")
     num_units = len(task.rows) if groups is None else len(groups)
     noise = plan_noise(privacy, num_units, task.recipe.max_steps)
     earlier = spent_before(output_dir)
     if checkpoint_dir is not None:
         identity = _identity(task, privacy, groups)
-        with storage_errors(checkpoint_dir):
+        check_outside(checkpoint_dir, output_dir)
+        with disk_errors():
             earlier = claim_folder(checkpoint_dir, identity, output_dir=output_dir, spent=earlier)
     terms = task.terms(privacy=privacy, noise=noise, num_units=num_units, earlier=earlier)
     agree(terms, accept_recipe)
@@ -136,7 +138,7 @@ def finetune_client_privately(
             groups=groups,
             callbacks=None if early_stopping_patience is None else [EarlyStoppingCallback(early_stopping_patience)],
         )
-        with storage_errors(folder):
+        with disk_errors():
             trainer.train(resume_from_checkpoint=last_whole(folder))
         tensors = read_adapter_tensors(model, root=task.root)
         trainer.accelerator.free_memory()
@@ -149,13 +151,16 @@ def finetune_client_privately(
     if privacy.known_seed is None:
         statement = dataclasses.replace(trainer.privacy_statement(), unusual_terms=terms.unusual)
         statement = _with_earlier(statement, earlier)
+    if checkpoint_dir is not None:
+        with disk_errors():
+            record_delivery(checkpoint_dir, trainer.state.global_step)
     adapter = task.save(
         output_dir, result, state_num_examples=state_num_examples, privacy=statement, accepted=terms.unusual
     )
     if statement is None:
         logger.warning("The noise was drawn from a known seed: the adapter is not private, and states no bound.")
     else:
-        with storage_errors(output_dir):
+        with disk_errors():
             write_text_atomic(Path(output_dir) / CARD_NAME, privacy_card(statement))
     return adapter, result, statement
 

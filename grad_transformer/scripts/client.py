@@ -115,7 +115,7 @@ def make_parser() -> CommandParser:
 def main(args: ClientArguments, columns: RowFlags) -> CommandResult:
     from ..client import finetune_client
     from ..errors import UsageError
-    from ..finetuning import load_rows
+    from ..finetuning.data import load_rows
 
     check_device(args.device, args.dtype)
     if (args.dp_epsilon is None) != (args.dp_delta is None):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grad_transformer.client.checkpoints import claim_folder, last_whole, read_history, write_manifest
+from grad_transformer.client.checkpoints import claim_folder, last_whole, read_history, record_delivery, write_manifest
 from grad_transformer.errors import IncompleteArtifactError, UsageError
 
 
@@ -52,6 +52,18 @@ def test_a_folder_is_claimed_once_and_remembers_what_was_spent_before(tmp_path: 
     with pytest.raises(UsageError, match="another fine-tune") as caught:
         claim_folder(folder, {**IDENTITY, "rows": "c"}, output_dir=out, spent=(0.0, 0.0))
     assert caught.value.found == "a difference in rows"
+
+
+def test_a_delivered_run_whose_checkpoint_is_gone_does_not_spend_again(tmp_path: Path) -> None:
+    out, folder = tmp_path / "out", tmp_path / "checkpoints"
+    claim_folder(folder, IDENTITY, output_dir=out, spent=(0.0, 0.0))
+    make_checkpoint(folder, 4)
+    last = make_checkpoint(folder, 5)
+    record_delivery(folder, 5)
+    claim_folder(folder, IDENTITY, output_dir=out, spent=(1.0, 1e-5))
+    (last / "privacy_accounting.json").unlink()
+    with pytest.raises(UsageError, match="would spend again"):
+        claim_folder(folder, IDENTITY, output_dir=out, spent=(1.0, 1e-5))
 
 
 def test_equal_rows_have_different_hashes_in_different_folders(tmp_path: Path) -> None:
