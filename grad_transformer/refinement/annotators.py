@@ -93,6 +93,13 @@ class Screening:
         """See [`Testimony`]."""
         return _told(self.channels[self.best[0]], self.few, self.root_nats)
 
+    @property
+    def surplus(self) -> float:
+        """What the best one tells over what can be told: by one right as often as the TinyLM's probabilities say, or
+        by the LLM without an adapter, whichever tells more. Far more than 1 of a TinyLM that hedges; at most 1 where
+        the annotator is hardly surer of its words than the TinyLM, and can be no witness of that."""
+        return _surplus(self.channels[self.best[0]], self.few, self.root_nats)
+
 
 @dataclass(frozen=True)
 class Testimony:
@@ -105,7 +112,7 @@ class Testimony:
             its testimony and without), as a share of what one would tell that is right as often as the TinyLM's
             probabilities say, both beyond what the LLM tells without an adapter. 0 for one that knows nothing more,
             about 1 for one that knows all, more where the TinyLM hedges among several tasks: it is less sure of each
-            than it has reason to be, and the annotator is surer.
+            than it has reason to be.
     """
 
     tokens: TopTokens
@@ -236,15 +243,27 @@ def told_by_root(teacher: Completions, said: TopTokens) -> float:
 
 def _told(channel: Channel, teacher: Completions, root_nats: float) -> float:
     """See [`Testimony`]."""
-    q = _heard(teacher, teacher.tokens)
-    q_MU = q.of_words(_words(q))
-    possible = float((q_MU * _evidence(q_MU).log()).sum(1).mean())
+    possible = _possible(teacher)
     if possible <= root_nats:
-        # The LLM tells as much without an adapter: nobody's testimony is evidence of the client's skill.
-        return 0.0
+        # The LLM tells as much without an adapter: only what is beyond that counts.
+        return channel.nats / root_nats - 1 if root_nats > 0 else 0.0
     # Where little is left to tell, a small excess over all that is known must not be made a large one.
     told = min(channel.nats / possible, (channel.nats - root_nats) / (possible - root_nats))
     return told if channel.doubt < _SURER else min(told, 1.0)
+
+
+def _surplus(channel: Channel, teacher: Completions, root_nats: float) -> float:
+    """See [`Screening`]."""
+    known = max(_possible(teacher), root_nats)
+    surplus = channel.nats / known if known > 0 else 0.0
+    return surplus if channel.doubt < _SURER else min(surplus, 1.0)
+
+
+def _possible(teacher: Completions) -> float:
+    """Nats that an annotator tells that is right as often as the TinyLM's probabilities say."""
+    q = _heard(teacher, teacher.tokens)
+    q_MU = q.of_words(_words(q))
+    return max(0.0, float((q_MU * _evidence(q_MU).log()).sum(1).mean()))
 
 
 def _evidence(q_MU: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,7 @@ from .targets import soft_target, target_of_testimony
 HEDGING = 1.12
 # Shadows that tell less than this share of what is known have not shown the client's skill in any words.
 _TELLING = 0.75
-# Beyond this share the TinyLM hedges, see [`Testimony`].
+# Beyond this surplus the TinyLM hedges, see [`Screening`].
 _HEDGING_TOLD = 1.22
 
 Progress = Callable[[str], None]
@@ -233,9 +233,9 @@ class _Case:
     @property
     def hedges(self) -> bool:
         if self.screening is not None:
-            return self.screening.told > _HEDGING_TOLD
+            return self.screening.surplus > _HEDGING_TOLD
         # An LLM that satisfies the TinyLM without knowing the client shows nothing of what the client learned.
-        return self.history[0] > HEDGING * self.expected > HEDGING * self.root_agreement
+        return self.history[0] > HEDGING * max(self.expected, self.root_agreement)
 
     def target(self, arguments: RefinementArguments) -> SoftTarget:
         """What its tokens are trained towards in the next round."""

@@ -78,28 +78,44 @@ def test_more_than_all_is_told_of_a_tinylm_that_hedges() -> None:
     assert Screening(teacher, teacher, {}, {"": Channel.fit(teacher, said(TRUTH, 0.97))}).told > 1.22
 
 
-def told(teacher: Completions, annotator: TopTokens, root: TopTokens | None = None) -> float:
+def judged(teacher: Completions, annotator: TopTokens, root: TopTokens | None = None) -> Screening:
     nats = 0.0 if root is None else told_by_root(teacher, root)
-    return Screening(teacher, teacher, {}, {"": Channel.fit(teacher, annotator)}, nats).told
+    return Screening(teacher, teacher, {}, {"": Channel.fit(teacher, annotator)}, nats)
 
 
 def test_an_annotator_that_is_the_tinylm_itself_shows_no_hedging() -> None:
     for right in (0.3, 0.45, 0.7):
         teacher = weak(right=right)
-        assert told(teacher, teacher.tokens) == 1.0
+        same = judged(teacher, teacher.tokens)
+        assert (same.told, same.surplus) == (1.0, 1.0)
         # A little surer than the TinyLM is no witness of its own either.
         sharper = TopTokens(teacher.tokens.ids_MT, (1.2 * teacher.tokens.log_probs_MT).log_softmax(dim=1))
-        assert told(teacher, sharper) <= 1.0
+        assert judged(teacher, sharper).surplus <= 1.0
 
 
 def test_what_a_competent_llm_says_without_an_adapter_is_no_testimony() -> None:
     teacher, knowing = weak(), said(RENAMED[TRUTH], 0.97)
     silent = said(torch.zeros_like(TRUTH), 0.2)
     assert told_by_root(teacher, silent) == 0.0
-    assert told(teacher, knowing, silent) == told(teacher, knowing) > 0.75
-    # Shadows of an LLM that knows all this anyway tell nothing of the client.
-    assert told(teacher, knowing, knowing) < 0.1
-    assert told(teacher, teacher.tokens, teacher.tokens) == 0.0
+    assert judged(teacher, knowing, silent).told == judged(teacher, knowing).told > 0.75
+    # Shadows of an LLM that knows all this anyway tell nothing of the client, and show no hedging.
+    for annotator in (knowing, teacher.tokens):
+        same = judged(teacher, annotator, annotator)
+        assert same.told < 0.1 and same.surplus < 1.22
+
+
+def test_a_mixture_is_known_where_the_llm_alone_tells_a_little_by_chance() -> None:
+    # Of a TinyLM that hedges little can be told at all: even as much told by the LLM alone is not what shadows tell.
+    tasks = [said(RENAMED[words_M], 0.97) for words_M in (TRUTH, TRUTH.flip(0), TRUTH.roll(7), TRUTH.roll(40))]
+    ids_MT = tasks[0].ids_MT
+    shares = zip((0.4, 0.2, 0.2, 0.2), tasks, strict=True)
+    teacher = heard_from(TopTokens(ids_MT, sum(share * task.probabilities_of(ids_MT) for share, task in shares).log()))
+    generator = torch.Generator().manual_seed(4)
+    by_chance = said(
+        torch.where(torch.rand(TRUTH.shape, generator=generator) < 0.5, RENAMED[TRUTH], RENAMED[TRUTH.roll(3)]), 0.6
+    )
+    assert told_by_root(teacher, by_chance) > 0
+    assert judged(teacher, said(TRUTH, 0.97), by_chance).surplus > 1.22
 
 
 def test_words_that_are_not_frequent_stand_for_themselves() -> None:
