@@ -105,7 +105,7 @@ def claim_folder(
 def record_delivery(folder: str | Path, steps: int) -> None:
     """Say in a claimed folder that an adapter leaves after so many steps, before it does."""
     path = Path(folder) / RUN_NAME
-    write_json_atomic(path, {**read_json(path), "delivered_steps": steps})
+    write_json_atomic(path, {**read_record(path, PrivateRunRecord), "delivered_steps": steps})
 
 
 def write_manifest(checkpoint: str | Path, history: Iterable[Iterable[float]]) -> None:
