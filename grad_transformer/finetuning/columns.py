@@ -150,15 +150,17 @@ def message_text(message: Mapping[str, Any]) -> str:
         [`DataError`]: it is neither.
     """
     content = message.get("content")
-    parts = content if isinstance(content, list) else [content]
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts = content if isinstance(content, list) else [None]
     texts = [part.get("text") if isinstance(part, Mapping) and _is_text_part(part) else part for part in parts]
-    if content is not None and not all(isinstance(text, str) for text in texts):
+    if not all(isinstance(text, str) for text in texts):
         raise DataError(
             "The content of a message is no text.",
             expected='text, or parts {"type": "text", "text": ...}',
             found=f"{_SHORT.repr(content)} ({type(content).__name__})",
         )
-    return "" if content is None else "".join(texts)
+    return "".join(map(str, texts))
 
 
 def _is_text_part(part: Mapping[str, Any]) -> bool:

@@ -211,8 +211,11 @@ def main(args: PlanArguments, columns: RowFlags) -> CommandResult:
                 role: create_root(name, adapter, output_dir=Path(staging) / role, seed=args.seed, revision=revision)
                 for role, (name, revision) in models.items()
             }
-        sides = {role: dataclasses.replace(plan.side(role), root=root.facts()) for role, root in roots.items()}
-        plan = dataclasses.replace(plan, **sides)
+        plan = dataclasses.replace(
+            plan,
+            source=dataclasses.replace(plan.source, root=roots["source"].facts()),
+            target=dataclasses.replace(plan.target, root=roots["target"].facts()),
+        )
         # First, so that another plan in the folder is refused before its roots are touched.
         plan.save(args.output_dir)
         for role, root in roots.items():

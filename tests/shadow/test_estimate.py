@@ -80,7 +80,7 @@ def test_neither_estimate_nor_dry_run_loads_weights(
     assert "8 shadow runs" in capsys.readouterr().out
     assert main([*arguments, "--estimate", "--estimate_device", "A100", "--estimate_mfu", "0.25"]) == 0
     told = capsys.readouterr().out
-    for part in ("8 runs of each model", "device hours", "312 TFLOP/s", "0.25 (assumed", "Nothing was written"):
+    for part in ("8 runs of each model", "device time", "312 TFLOP/s", "0.25 (assumed", "Nothing was written"):
         assert part in told
     assert not (tmp_path / "plan").exists()
     assert main([*arguments, "--estimate", "--estimate_mfu", "0"]) != 0
