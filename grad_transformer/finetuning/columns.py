@@ -59,8 +59,11 @@ class RowShape:
     optional: tuple[str, ...]
     convert: Callable[[SourceRow], tuple[Any, Any]]
 
-    def read(self, row: SourceRow) -> Example:
+    def read(self, row: SourceRow, *, allow_empty: bool = False) -> Example:
         """The row, checked.
+
+        Args:
+            allow_empty (`bool`, *optional*, defaults to `False`): whether a completion may be empty.
 
         Raises:
             [`DataError`]: something is missing, of the wrong kind, or empty.
@@ -82,7 +85,7 @@ class RowShape:
                 "prompt and completion both strings, or both lists of messages, in all rows",
                 completion,
             )
-        if is_blank(example.prompt) or is_blank(example.completion):
+        if is_blank(example.prompt) or (is_blank(example.completion) and not allow_empty):
             name = PROMPT if is_blank(example.prompt) else COMPLETION
             raise _refused(
                 row,
