@@ -168,7 +168,7 @@ def finetune_on_weak_labels(
     return run_sft(
         llm.model,
         llm.tokenizer,
-        check_rows(rows),
+        check_rows(rows, allow_empty=True),
         recipe,
         root=target.root,
         seed=seed,

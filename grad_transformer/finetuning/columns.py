@@ -62,8 +62,11 @@ class RowShape:
     convert: Callable[[SourceRow], tuple[Any, Any]]
     kept: str | None = None
 
-    def read(self, row: SourceRow) -> Example:
+    def read(self, row: SourceRow, *, allow_empty: bool = False) -> Example:
         """The row, checked.
+
+        Args:
+            allow_empty (`bool`, *optional*, defaults to `False`): whether a completion may be empty.
 
         Raises:
             [`DataError`]: something is missing, of the wrong kind, or empty.
@@ -86,7 +89,7 @@ class RowShape:
                 "prompt and completion both strings, or both lists of messages, in all rows",
                 completion,
             )
-        if is_blank(example.prompt) or is_blank(example.completion):
+        if is_blank(example.prompt) or (is_blank(example.completion) and not allow_empty):
             name = PROMPT if is_blank(example.prompt) else COMPLETION
             raise _refused(
                 row,
@@ -161,15 +164,17 @@ def message_text(message: Mapping[str, Any]) -> str:
         [`DataError`]: it is neither.
     """
     content = message.get("content")
-    parts = content if isinstance(content, list) else [content]
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts = content if isinstance(content, list) else [None]
     texts = [part.get("text") if isinstance(part, Mapping) and _is_text_part(part) else part for part in parts]
-    if content is not None and not all(isinstance(text, str) for text in texts):
+    if not all(isinstance(text, str) for text in texts):
         raise DataError(
             "The content of a message is no text.",
             expected='text, or parts {"type": "text", "text": ...}',
             found=f"{_SHORT.repr(content)} ({type(content).__name__})",
         )
-    return "" if content is None else "".join(map(str, texts))
+    return "".join(map(str, texts))
 
 
 def _is_text_part(part: Mapping[str, Any]) -> bool:

@@ -92,6 +92,7 @@ def check_rows(
     path: str | Path | None = None,
     prompt_column: str | None = None,
     completion_column: str | None = None,
+    allow_empty: bool = False,
 ) -> Dataset:
     """Keep the columns that are used, and refuse rows that cannot be trained on.
 
@@ -100,6 +101,8 @@ def check_rows(
             [`load_rows`].
         path (`str` or `Path`, *optional*): where they are from, for messages.
         prompt_column, completion_column (`str`, *optional*): where the columns are called otherwise.
+        allow_empty (`bool`, *optional*, defaults to `False`): whether completions may be empty, as those that a model
+            wrote.
 
     Returns:
         as [`load_rows`].
@@ -110,7 +113,7 @@ def check_rows(
 
     columns = ColumnNames(prompt_column, completion_column)
     given = dataset_rows(rows, columns.choose, path=path) if isinstance(rows, Dataset) else _given_rows(rows, path)
-    return _table(given, columns, path=path)
+    return _table(given, columns, path=path, allow_empty=allow_empty)
 
 
 def row_order(num_rows: int, num_examples_needed: int, seed: int) -> list[int]:
@@ -144,7 +147,9 @@ def _given_rows(rows: Any, path: str | Path | None) -> Iterator[SourceRow]:
         yield SourceRow(path, f"row {index}", row)
 
 
-def _table(rows: Iterable[SourceRow], columns: ColumnNames, *, path: str | Path | None) -> Dataset:
+def _table(
+    rows: Iterable[SourceRow], columns: ColumnNames, *, path: str | Path | None, allow_empty: bool = False
+) -> Dataset:
     """Checked rows as an Arrow table in memory, which grows piece by piece."""
     first: Example | None = None
     shape: RowShape | None = None
@@ -152,7 +157,7 @@ def _table(rows: Iterable[SourceRow], columns: ColumnNames, *, path: str | Path 
     piece: list[Example] = []
     for row in rows:
         shape = shape or columns.shape(row.values)
-        example = shape.read(row)
+        example = shape.read(row, allow_empty=allow_empty)
         first = first or example
         check_same_kind(row, example, first)
         piece.append(example)

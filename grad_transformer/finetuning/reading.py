@@ -40,7 +40,6 @@ _SPLIT_WORDS = {
 }
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _BOM = b"\xef\xbb\xbf"
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 # What libraries raise where a file is damaged.
 _UNREADABLE = (
@@ -156,7 +155,11 @@ def read_files(files: Sequence[Path], choose: Choose = list) -> Iterator[SourceR
 
 def has_surrogate(text: str) -> bool:
     """Whether text holds half of a surrogate pair, which no encoding can write."""
-    return _SURROGATE.search(text) is not None
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _row_files(folder: Path) -> list[Path]:

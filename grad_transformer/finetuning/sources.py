@@ -211,7 +211,7 @@ def _no_such_file(text: str) -> DataError:
         beside = []
     close = difflib.get_close_matches(path.name, beside, n=1)
     return DataError(
-        "There is no such file or folder.",
+        "There is no such file or folder of rows.",
         path=text,
         expected="a file, a folder, or a dataset on the Hub as org/name, org/name:configuration or org/name@revision",
         found="nothing",

@@ -15,18 +15,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..outputs import prepare_output
 from ._common import CommandParser, CommandResult, format_table
 from ._rows import RowFlags
-
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedModel
-
-    from ..finetuning import TokenCounts
 
 
 @dataclass(frozen=True)
@@ -136,7 +129,7 @@ def main(args: PlanArguments, columns: RowFlags) -> CommandResult:
     from ..finetuning import FineTuningRecipe, RowSource, load_source
     from ..shadow import plan_shadows
     from ..shadow.estimate import DEVICES, assumptions, estimate_side, estimate_table, outline_root
-    from ..shadow.planning import check_plan_sizes
+    from ..shadow.planning import check_plan_rows, check_plan_sizes, load_tokenizer
     from ..shadow.run import root_folder
 
     if not (args.dry_run or args.estimate):
@@ -206,7 +199,12 @@ def main(args: PlanArguments, columns: RowFlags) -> CommandResult:
         validation_fraction=args.validation_fraction,
         test_fraction=args.test_fraction,
     )
-    counts = {role: _check_rows(rows, *models[role], recipes[role].max_length, outlines[role][0]) for role in models}
+    counts = {
+        role: check_plan_rows(
+            rows, load_tokenizer(name, revision=revision), outlines[role][0], recipes[role].max_length
+        )
+        for role, (name, revision) in models.items()
+    }
     layouts = {role: root.layout for role, (_, root) in outlines.items()}
     if not args.dry_run:
         with tempfile.TemporaryDirectory() as staging:
@@ -245,30 +243,3 @@ def main(args: PlanArguments, columns: RowFlags) -> CommandResult:
 def _absolute(model: str) -> str:
     """A base model by a name that holds in every folder of this machine."""
     return os.path.realpath(model) if os.path.isdir(model) else model
-
-
-def _check_rows(
-    rows: Dataset, name: str, revision: str | None, max_length: int, outline: PreTrainedModel
-) -> TokenCounts:
-    """Render and tokenise every row for one of the models.
-
-    Raises:
-        [`DataError`]: a row that it cannot be fine-tuned on.
-    """
-    from transformers import AutoTokenizer
-
-    from ..errors import DataError
-    from ..finetuning import count_tokens
-
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    counts = count_tokens(rows, tokenizer, max_length)
-    known = outline.get_input_embeddings().weight.shape[0]
-    if counts.largest_id >= known:
-        raise DataError(
-            f"Row {counts.row_of_largest_id} holds a token that the base model has no embedding for.",
-            path=name,
-            expected=f"token ids below {known}",
-            found=counts.largest_id,
-            remedy="use the tokenizer that belongs to the base model, or resize the model's embedding and save it",
-        )
-    return counts

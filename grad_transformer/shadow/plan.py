@@ -226,6 +226,7 @@ def fingerprint_rows(rows: datasets.Dataset) -> str:
     """SHA-256 over prompts and completions, and tools where there are some, in order."""
     digest = hashlib.sha256()
     names = [name for name in ("prompt", "completion", "tools") if name in rows.column_names]
-    for row in rows.select_columns(names):
-        digest.update(json.dumps([row[name] for name in names]).encode())
+    for batch in rows.select_columns(names).iter(batch_size=1_000):
+        for row in zip(*(batch[name] for name in names), strict=True):
+            digest.update(json.dumps(row).encode())
     return digest.hexdigest()

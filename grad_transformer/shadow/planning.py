@@ -7,11 +7,12 @@ from typing import Any
 
 import datasets
 import numpy as np
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..adapters import Root
-from ..errors import PlanError
-from ..finetuning import FineTuningRecipe
+from ..errors import DataError, PlanError, UsageError
+from ..finetuning import FineTuningRecipe, TokenCounts, count_tokens
 from .plan import SPLITS, PlanSide, ShadowPlan, ShadowRun, Strategy, fingerprint_rows
 
 
@@ -145,6 +146,50 @@ def check_plan_sizes(
             expected="more runs than are held out",
             found=f"{num_runs} runs, of which {counts['validation']} for validation and {counts['test']} for the test",
             remedy="plan more runs, or lower validation_fraction and test_fraction",
+        )
+    return counts
+
+
+def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model, without its weights.
+
+    Raises:
+        [`UsageError`]: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as cause:
+        raise UsageError(
+            "The tokenizer of the base model cannot be loaded.",
+            path=name_or_path,
+            expected="a tokenizer beside the model, in a folder or on the Hub",
+            found=f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}",
+            remedy="check the name, the network (HF_HUB_OFFLINE) and your access token (HF_TOKEN)",
+        ) from cause
+
+
+def check_plan_rows(
+    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, max_length: int
+) -> TokenCounts:
+    """Render and tokenise every row for one of the models, so that nothing is refused in the middle of the runs.
+
+    Args:
+        rows (`datasets.Dataset`): the public rows.
+        tokenizer (`PreTrainedTokenizerBase`), model (`PreTrainedModel`): of the base model, which needs no weights.
+        max_length (`int`): tokens of a row.
+
+    Raises:
+        [`DataError`]: a row that the model cannot be fine-tuned on.
+    """
+    counts = count_tokens(rows, tokenizer, max_length)
+    known = model.get_input_embeddings().weight.shape[0]
+    if counts.largest_id >= known:
+        raise DataError(
+            f"Row {counts.row_of_largest_id} holds a token that the base model has no embedding for.",
+            path=tokenizer.name_or_path,
+            expected=f"token ids below {known}",
+            found=counts.largest_id,
+            remedy="use the tokenizer that belongs to the base model, or resize the model's embedding and save it",
         )
     return counts
 

@@ -84,6 +84,11 @@ def test_a_tokenizer_that_appends_its_end_token_is_asked_before_it_and_taught_on
     assert generate_tokens(model, tokenizer, ROWS, max_new_tokens=2)[0][0] == [first, *asked[0][0]]
 
 
+def test_an_empty_completion_that_a_model_wrote_is_its_end_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = check_rows([{"prompt": "1", "completion": ""}], allow_empty=True)
+    assert tokenize_rows(rows, tokenizer, 8)[0]["labels"] == [-100, tokenizer.eos_token_id]
+
+
 def test_truncation_keeps_the_start_and_is_counted(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = check_rows(ROWS)
     whole = tokenize_rows(rows, tokenizer, max_length=32)[0]

@@ -20,7 +20,7 @@ from grad_transformer.errors import (
     OutputError,
     PlanError,
 )
-from grad_transformer.finetuning import FineTuningRecipe, load_rows
+from grad_transformer.finetuning import FineTuningRecipe, RowSource, check_rows, load_rows
 from grad_transformer.lab import make_lab_tokenizer
 from grad_transformer.shadow import (
     ShadowPlan,
@@ -96,6 +96,34 @@ def test_per_task_subsets_hold_one_task_and_spread_over_splits(world: dict[str, 
         assert len(set(found)) == 3
 
 
+def test_rows_decide_the_strategy_where_it_is_not_given(world: dict[str, Any]) -> None:
+    assert make_plan(world, strategy=None).strategy == "per_task"
+    plain = world["rows"].select_columns(["prompt", "completion"])
+    some = check_rows([*plain.select(range(30)), *world["rows"].select(range(30))])
+    for rows in (plain, some):
+        assert make_plan({**world, "rows": rows}, strategy=None).strategy == "mixed"
+
+
+def test_the_rows_are_found_again_from_any_folder_and_after_a_move(
+    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    public = tmp_path / "project" / "public.jsonl"
+    public.parent.mkdir()
+    public.write_bytes((world["path"] / "public.jsonl").read_bytes())
+    monkeypatch.chdir(public.parent)
+    plan = make_plan(world, data=RowSource.of("public.jsonl").pinned().to_dict())
+    monkeypatch.chdir(tmp_path)
+    assert plan.load_rows("project/shadows").to_list() == world["rows"].to_list()
+    public.parent.rename(tmp_path / "moved")
+    assert plan.load_rows("moved/shadows").to_list() == world["rows"].to_list()
+    (tmp_path / "moved" / "public.jsonl").write_bytes(b'{"prompt": "1", "completion": "2"}')
+    with pytest.raises(PlanError, match="not those that the plan was made from"):
+        plan.load_rows("moved/shadows")
+    (tmp_path / "moved" / "public.jsonl").unlink()
+    with pytest.raises(PlanError, match="no longer where"):
+        plan.load_rows("moved/shadows")
+
+
 def test_the_same_seed_gives_the_same_plan_and_another_seed_another(world: dict[str, Any]) -> None:
     assert make_plan(world).fingerprint == make_plan(world).fingerprint
     assert make_plan(world, seed=1).fingerprint != make_plan(world).fingerprint
@@ -114,7 +142,17 @@ def test_without_overlap_no_row_is_used_twice(world: dict[str, Any]) -> None:
     [
         ({"rows_per_run": 41}, "not enough rows of task"),
         ({"with_overlap": False, "num_runs": 60}, "not enough rows"),
-        ({"validation_fraction": 0.6, "test_fraction": 0.5}, "make no sense"),
+        ({"validation_fraction": 0.6, "test_fraction": 0.5}, "No run is left to train on"),
+        ({"num_runs": 2, "validation_fraction": 0.5, "test_fraction": 0.4}, "No run is left to train on"),
+        ({"validation_fraction": float("nan")}, "`validation_fraction`"),
+        ({"validation_fraction": -0.5, "test_fraction": 0.6}, "`validation_fraction`"),
+        ({"num_runs": 0}, "`num_runs`"),
+        ({"num_runs": 10**7}, "`num_runs`"),
+        ({"num_runs": 10**5, "rows_per_run": 100}, "`num_runs x rows_per_run`"),
+        ({"seed": -1}, "`seed`"),
+        ({"source_recipe": RECIPE.replace(max_steps=10**7)}, "`max_steps`"),
+        ({"source_recipe": RECIPE.replace(max_steps=10**6, snapshot_last=10**5)}, "`snapshots of a run`"),
+        ({"source_recipe": RECIPE.replace(max_steps=10**6, snapshot_every=2)}, "`snapshots of a run`"),
         ({"tasks": ["absent"]}, "not in the data"),
         ({"strategy": "sideways"}, "task by task"),
         ({"target_recipe": RECIPE.replace(snapshot_last=1)}, "cannot be paired"),
