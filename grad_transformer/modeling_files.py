@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .adapters.bases import check_config
 from .configuration_grad_transformer import GradTransformerConfig
 from .constants import SOURCE_FOLDER, TARGET_FOLDER
 from .errors import LayoutMismatchError
@@ -62,8 +63,8 @@ class MapperFiles:
             **hub_kwargs,
         )
         if (fetched.folder / "config.json").is_file():
-            # A newer format is refused before anything of it is interpreted.
-            read_json(fetched.folder / "config.json")
+            # A newer format, and a backbone that cannot be, are refused before anything is made of them.
+            check_config(read_json(fetched.folder / "config.json"), path=pretrained_model_name_or_path)
         name: str | Path = pretrained_model_name_or_path
         if fetched.origin is not None and not Path(name).is_dir():
             name = fetched.origin.repo_id
