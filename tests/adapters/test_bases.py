@@ -81,6 +81,9 @@ def test_compiled_code_that_a_config_names_is_not_fetched(base: Path) -> None:
     edit_config(base, attn_implementation="evil/kernel", experts_implementation="evil/kernel")
     assert load_config(base)._attn_implementation is None
     assert load_causal_lm(base).config._attn_implementation in ("sdpa", "eager")
+    edit_config(base, text_config={"attn_implementation": "evil/kernel"})
+    with pytest.raises(UsageError, match="compiled code"):
+        load_config(base)
     with pytest.raises(UsageError, match="compiled code"):
         make_backbone(T5Config(d_model=8, num_layers=1, attn_implementation="evil/kernel"))
 
@@ -119,7 +122,7 @@ def test_an_adapter_is_no_base_model(base: Path, tmp_path: Path) -> None:
     ("spoil", "message"),
     [
         (lambda base: edit_config(base, quantization_config={"quant_method": "bitsandbytes"}), "quantised"),
-        (lambda base: (base / "config.json").write_text("{"), "cannot be loaded"),
+        (lambda base: (base / "config.json").write_text("{"), "not valid JSON"),
         (lambda base: (base / "config.json").unlink(), "no model in the format"),
         (lambda base: edit_config(base, model_type="t5"), "cannot be loaded"),
         (lambda base: edit_config(base, num_hidden_layers=10**9), "absurd"),
@@ -135,7 +138,7 @@ def test_a_model_that_cannot_be_loaded_is_a_typed_error(base: Path, spoil: Any, 
     spoil(base)
     with pytest.raises(UsageError, match=message) as info:
         load_causal_lm(base)
-    assert info.value.path == str(base)
+    assert str(info.value.path).startswith(str(base))
 
 
 def test_a_model_without_tokenizer_files_says_so(base: Path) -> None:
@@ -210,10 +213,12 @@ def test_what_an_earlier_version_recorded_is_still_checked(whole: Path, tmp_path
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_a_checkpoint_has_one_fingerprint_in_every_dtype(base: Path, dtype: str) -> None:
-    # The time of a copy is its own, so that nothing is known of its files yet.
+    # Nothing is known of a copy's files yet.
     model = load_causal_lm(base, dtype=dtype)
     assert model.dtype == bases.DTYPES[dtype]
-    assert fingerprint_base_model(model) == fingerprint_base_model(load_causal_lm(base))
+    stored = load_causal_lm(base)
+    assert fingerprint_base_model(model) == fingerprint_base_model(stored)
+    assert has_fingerprint(model, fingerprints._sampled_fingerprint(stored))
 
 
 def hashes(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
@@ -234,7 +239,7 @@ def test_a_checkpoint_is_hashed_once_until_its_files_change(base: Path, monkeypa
     assert seen
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"fingerprint": 3}', b'{"fingerprint": "v2:0"}', b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"full": 3}', b'{"full": "v2:0", "sampled": "0"}', b"\xff"])
 def test_a_kept_fingerprint_that_is_broken_is_taken_again(
     base: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:

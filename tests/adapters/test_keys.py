@@ -72,7 +72,7 @@ def test_names_of_embeddings_lose_the_adapter_too() -> None:
 def test_two_adapters_in_one_file_are_refused(folder: Path) -> None:
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)
-    more = {key.replace(".weight", ".other.weight"): value for key, value in tensors.items()}
+    more = {key.replace(".weight", ".other.weight"): value.clone() for key, value in tensors.items()}
     save_file({**tensors, **more}, path)
     with pytest.raises(AdapterFormatError, match="of one module"):
         TOKENIZER.read_client(folder)
