@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -224,6 +225,36 @@ def test_nothing_unsafe(path: Path) -> None:
     in_command_line = relative.parts[0] in ("cli.py", "scripts")
     uses = unsafe_uses(parse(path), may_print=in_command_line, may_import_by_name=relative.parts[0] in _BY_NAME)
     assert list(uses) == []
+
+
+def models_loaded(tree: ast.Module) -> list[str]:
+    """Every place where an `Auto` class of transformers makes a model, tokenizer or config."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    names = [(node, ast.unparse(node.func)) for node in calls]
+    return [
+        f"line {node.lineno}: {name}{'' if trusts_nothing(node) else ' without trust_remote_code=False'}"
+        for node, name in names
+        if re.search(r"(^|\.)Auto\w*\.from_(pretrained|config)$", name)
+    ]
+
+
+def trusts_nothing(call: ast.Call) -> bool:
+    return any(keyword.arg == "trust_remote_code" for keyword in call.keywords)
+
+
+@every_module
+def test_models_come_through_one_door(path: Path) -> None:
+    """`adapters/bases.py` loads base models, tokenizers and backbones; nothing else does."""
+    found = models_loaded(parse(path))
+    if path == PACKAGE / "adapters" / "bases.py":
+        assert found and not [place for place in found if "without" in place]
+    else:
+        assert found == []
+
+
+def test_the_check_sees_models_loaded_elsewhere() -> None:
+    for code in ("AutoModel.from_pretrained(x)", "transformers.AutoTokenizer.from_pretrained(x, use_fast=True)"):
+        assert models_loaded(ast.parse(code)) == [f"line 1: {code.split('(')[0]} without trust_remote_code=False"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ read. A name is taken for a folder or for a repository before the Hub is asked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,8 +23,9 @@ from transformers import (
 )
 
 from ..errors import GradTransformerError, UsageError
+from ..files import read_json
 from .base_files import BaseFiles, Source, fetch_weights, locate
-from .fingerprints import keep_fingerprint, recall_fingerprint, set_fingerprint
+from .fingerprints import keep_fingerprints, recall_fingerprints, set_fingerprints
 
 
 T = TypeVar("T")
@@ -32,6 +33,8 @@ T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 # Greatest counts that a config may ask for, by a part of the field's name: modules are made one by one.
+_MAX_CONFIG_BYTES = 8 * 2**20
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 _MOST = {"layer": 4096, "depth": 4096, "expert": 4096, "position": 2**26}
 
 
@@ -46,29 +49,43 @@ def load_config(source: Source, **locate_kwargs: Any) -> PreTrainedConfig:
         [`UsageError`], [`HubError`]: it cannot be found or read, or names code of its own.
     """
     found = locate(source, **locate_kwargs)
+    raw = read_json(found.folder / "config.json", error=UsageError, max_bytes=_MAX_CONFIG_BYTES)
+    # What computes attention is this machine's choice: a config could name compiled code on the Hub.
+    check_config({name: value for name, value in raw.items() if name not in _IMPLEMENTATIONS}, path=found.name)
     config = _loaded(
         found.name,
         "config",
         lambda: AutoConfig.from_pretrained(found.folder, trust_remote_code=False, local_files_only=True),
     )
-    check_config(config, path=found.name)
-    # What computes attention is this machine's choice: a config could name compiled code on the Hub.
     config._attn_implementation = config._experts_implementation = None
     config.name_or_path = found.name
     return config
 
 
-def check_config(config: PreTrainedConfig, *, path: str | Path | None = None) -> None:
+def check_config(values: Mapping[str, Any], *, path: str | Path | None = None) -> None:
     """Refuse a config, perhaps of another party, that would fetch code or fill the memory, or that is quantised.
+
+    Args:
+        values (`Mapping`): the content of a `config.json`, before anything is made of it.
+        path (`str` or `Path`, *optional*): named in errors.
 
     Raises:
         [`UsageError`]
     """
-    values = config.to_dict()
     for name, value in _fields(values):
         most = next((limit for part, limit in _MOST.items() if part in name), None)
         if type(value) is int and most is not None and value > most:
-            raise UsageError("The model's config is absurd.", path=path, expected=f"{name} up to {most}", found=value)
+            raise UsageError(
+                "The model's config is absurd.", path=path, expected=f"{name[:60]} up to {most}", found=str(value)[:30]
+            )
+        if name.endswith(_IMPLEMENTATIONS) and isinstance(value, str) and "/" in value:
+            raise UsageError(
+                "The model's config names compiled code on the Hub.",
+                path=path,
+                expected="an implementation that transformers has itself",
+                found=f"{name[:60]}: {value[:80]}",
+                remedy=f"take `{name[:60]}` out of its config.json",
+            )
     if values.get("quantization_config"):
         raise UsageError(
             "The model is quantised, so its weights are not those of the model that it was made from.",
@@ -89,8 +106,9 @@ def load_tokenizer(source: Source, **locate_kwargs: Any) -> PreTrainedTokenizerB
 
     def load() -> tuple[PreTrainedTokenizerBase, bool]:
         tokenizer = AutoTokenizer.from_pretrained(found.folder, trust_remote_code=False, local_files_only=True)
-        # Where files are missing, transformers makes a tokenizer that knows special tokens alone.
-        return tokenizer, bool(tokenizer.get_vocab().keys() - tokenizer.added_tokens_encoder.keys())
+        # Where files are missing, transformers makes a tokenizer that knows special tokens alone, or one word more.
+        words = tokenizer.get_vocab().keys() - tokenizer.added_tokens_encoder.keys()
+        return tokenizer, len(words) > 1
 
     tokenizer, has_words = _loaded(found.name, "tokenizer", load)
     if not has_words:
@@ -143,15 +161,15 @@ def load_causal_lm(
     def load(dtype: str | torch.dtype) -> PreTrainedModel:
         return _loaded(found.name, "causal language model", lambda: _whole(AutoModelForCausalLM, found, dtype))
 
-    fingerprint = recall_fingerprint(found.folder)
-    if fingerprint is None and dtype == torch.float16 and outline.dtype != torch.float16:
+    known = recall_fingerprints(found.folder)
+    if known is None and dtype == torch.float16 and outline.dtype != torch.float16:
         # float16 rounds in a way of its own, and a fingerprint is of the values as they are stored.
-        fingerprint = keep_fingerprint(load("auto"), found.folder)
+        known = keep_fingerprints(load("auto"), found.folder)
     model = load(dtype)
-    if fingerprint is None:
-        keep_fingerprint(model, found.folder)
+    if known is None:
+        keep_fingerprints(model, found.folder)
     else:
-        set_fingerprint(model, fingerprint)
+        set_fingerprints(model, known)
     model.requires_grad_(False)
     return _loaded(found.name, "model", lambda: model.to(device)).eval()
 
@@ -172,16 +190,7 @@ def make_backbone(config: PreTrainedConfig, *, path: str | Path | None = None) -
     Raises:
         [`UsageError`]: the config asks for code, or is absurd.
     """
-    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        for name in ("_attn_implementation", "_experts_implementation"):
-            if "/" in str(getattr(part, name, None)):
-                raise UsageError(
-                    "The backbone's config names compiled code on the Hub.",
-                    path=path,
-                    expected="an implementation that transformers has itself",
-                    found=str(getattr(part, name))[:80],
-                )
-    check_config(config, path=path)
+    check_config({**config.to_dict(), "attn_implementation": config._attn_implementation}, path=path)
     return _loaded(path, "backbone", lambda: AutoModel.from_config(config, trust_remote_code=False))
 
 
@@ -191,7 +200,7 @@ def make_causal_lm(config: PreTrainedConfig, *, path: str | Path | None = None) 
     Raises:
         [`UsageError`]: the config is of no such model, or is absurd.
     """
-    check_config(config, path=path)
+    check_config(config.to_dict(), path=path)
     dtype = config.dtype or torch.float32
     return _loaded(
         path,
@@ -238,6 +247,7 @@ def _whole(auto: Any, found: BaseFiles, dtype: str | torch.dtype) -> PreTrainedM
     """The model with all its weights: what a checkpoint lacks, transformers would draw at random."""
     model, report = auto.from_pretrained(
         found.folder,
+        config=load_config(found),
         dtype=dtype,
         trust_remote_code=False,
         local_files_only=True,
@@ -285,7 +295,7 @@ def _loaded(path: str | Path | None, what: str, load: Callable[[], T]) -> T:
 
 def _fields(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Names and values of a config and of the configs inside it."""
-    if isinstance(value, dict) and depth < 8:
+    if isinstance(value, Mapping) and depth < 8:
         for key, item in value.items():
             yield from _fields(item, str(key), depth + 1)
     elif isinstance(value, list | tuple):

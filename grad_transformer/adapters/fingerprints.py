@@ -12,6 +12,7 @@ import re
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -34,8 +35,16 @@ _SAMPLES_PER_TENSOR = 64
 # Files that decide what a loaded model's parameters are.
 _CHECKPOINT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
-# Fingerprint of a loaded model, and the state of its parameters when it was taken.
-_KNOWN: weakref.WeakKeyDictionary[PreTrainedModel, tuple[str, object]] = weakref.WeakKeyDictionary()
+
+class Fingerprints(NamedTuple):
+    """Of one base model: over all values, and the one over a sample that earlier versions recorded."""
+
+    full: str
+    sampled: str
+
+
+# Fingerprints of a loaded model, and the state of its parameters when they were taken.
+_KNOWN: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Fingerprints, object]] = weakref.WeakKeyDictionary()
 
 
 def fingerprint_base_model(model: PreTrainedModel) -> str:
@@ -47,6 +56,51 @@ def fingerprint_base_model(model: PreTrainedModel) -> str:
     Returns:
         `str`: `v2:` and 64 hexadecimal digits.
     """
+    return _fingerprints(model).full
+
+
+def has_fingerprint(model: PreTrainedModel, recorded: str) -> bool:
+    """Whether a model has a fingerprint that was recorded, also by a version that took it of a sample of values."""
+    if recorded.startswith(_PREFIX):
+        return _fingerprints(model).full == recorded
+    logger.warning_once(
+        "The root was made by an earlier version, which compared a sample of the base model's values, not all of them."
+    )
+    return _fingerprints(model).sampled == recorded
+
+
+def comparable(first: str, second: str) -> bool:
+    """Whether two recorded fingerprints are of one kind, so that they differ only where base models do."""
+    return all(_FINGERPRINT.fullmatch(text) for text in (first, second))
+
+
+def recall_fingerprints(folder: Path) -> Fingerprints | None:
+    """The fingerprints that are kept for a checkpoint's files as they are now; None where there are none."""
+    try:
+        data = read_json(_cache_file(folder))
+    except (GradTransformerError, OSError):
+        return None
+    found = Fingerprints(str(data.get("full")), str(data.get("sampled")))
+    whole = _FINGERPRINT.fullmatch(found.full) and re.fullmatch("[0-9a-f]{64}", found.sampled)
+    return found if whole else None
+
+
+def keep_fingerprints(model: PreTrainedModel, folder: Path) -> Fingerprints:
+    """Take the fingerprints of a model just loaded from a checkpoint, and keep them for the checkpoint's files."""
+    found = _fingerprints(model)
+    try:
+        write_json_atomic(_cache_file(folder), found._asdict())
+    except OSError as cause:  # a full or read-only disk costs the next load a hash, and nothing else
+        logger.info(f"The base model's fingerprint is not kept: {cause}")
+    return found
+
+
+def set_fingerprints(model: PreTrainedModel, found: Fingerprints) -> None:
+    """Say what the fingerprints of a model are, as it was just loaded from a checkpoint."""
+    _KNOWN[model] = (found, _state(model))
+
+
+def _fingerprints(model: PreTrainedModel) -> Fingerprints:
     known = _KNOWN.get(model)
     if known is not None and known[1] == _state(model):
         return known[0]
@@ -56,48 +110,9 @@ def fingerprint_base_model(model: PreTrainedModel) -> str:
     total = hashlib.blake2b(str(model.config.model_type).encode(), digest_size=32)
     for (name, parameter), digest in zip(parameters, digests, strict=True):
         total.update(repr((name, tuple(parameter.shape))).encode() + digest)
-    fingerprint = _PREFIX + total.hexdigest()
-    set_fingerprint(model, fingerprint)
-    return fingerprint
-
-
-def has_fingerprint(model: PreTrainedModel, recorded: str) -> bool:
-    """Whether a model has a fingerprint that was recorded, also by a version that took it of a sample of values."""
-    if recorded.startswith(_PREFIX):
-        return fingerprint_base_model(model) == recorded
-    logger.warning_once(
-        "The root was made by an earlier version, which compared a sample of the base model's values, not all of them."
-    )
-    return _sampled_fingerprint(model) == recorded
-
-
-def comparable(first: str, second: str) -> bool:
-    """Whether two recorded fingerprints are of one kind, so that they differ only where base models do."""
-    return all(_FINGERPRINT.fullmatch(text) for text in (first, second))
-
-
-def recall_fingerprint(folder: Path) -> str | None:
-    """The fingerprint that is kept for a checkpoint's files as they are now; None where there is none."""
-    try:
-        fingerprint = read_json(_cache_file(folder)).get("fingerprint")
-    except (GradTransformerError, OSError):
-        return None
-    return fingerprint if isinstance(fingerprint, str) and _FINGERPRINT.fullmatch(fingerprint) else None
-
-
-def keep_fingerprint(model: PreTrainedModel, folder: Path) -> str:
-    """Take the fingerprint of a model just loaded from a checkpoint, and keep it for the checkpoint's files."""
-    fingerprint = fingerprint_base_model(model)
-    try:
-        write_json_atomic(_cache_file(folder), {"fingerprint": fingerprint})
-    except OSError as cause:  # a full or read-only disk costs the next load a hash, and nothing else
-        logger.info(f"The base model's fingerprint is not kept: {cause}")
-    return fingerprint
-
-
-def set_fingerprint(model: PreTrainedModel, fingerprint: str) -> None:
-    """Say what the fingerprint of a model is, as it was just loaded from a checkpoint."""
-    _KNOWN[model] = (fingerprint, _state(model))
+    found = Fingerprints(_PREFIX + total.hexdigest(), _sampled_fingerprint(model))
+    set_fingerprints(model, found)
+    return found
 
 
 def _state(model: PreTrainedModel) -> object:

@@ -167,14 +167,11 @@ class Root:
                 remedy="start the fine-tune from the mapper's source root (`grad-transformer client` does)",
             )
         self._check_moved(adapter, path)
-        if (
-            fingerprint is None
-            and adapter.base_model
-            and model_name(adapter.base_model) != model_name(self.base_model)
-        ):
+        named = adapter.base_model
+        if fingerprint is None and named and model_name(named) != model_name(self.base_model):
             logger.warning_once(
-                f"The adapter {path or ''} names {adapter.base_model[:300]!r} as its base model, and the root was "
-                f"made for {self.base_model!r}. It started from the root; whether these are one model cannot be seen."
+                f"The adapter {path or ''} names {named[:300]!r} as its base model, and the root was made for "
+                f"{self.base_model!r}. It started from the root; whether these are one model cannot be seen."
             )
 
     def _check_moved(self, adapter: LoraAdapter, path: str | None) -> None:

@@ -182,9 +182,13 @@ def attach_root(model: PreTrainedModel, root: Root) -> PeftModel:
 def _attach(model: PreTrainedModel, root: Root) -> PeftModel:
     settings, specs = root.adapter.config, list(root.layout.tensor_specs())
     modules = sorted({spec.module for spec in specs})
+    dropout = settings.get("lora_dropout") or 0.0
     try:
+        if not 0 <= dropout < 1:
+            raise ValueError(f"lora_dropout {dropout}")
         config = LoraConfig(
-            **{name: settings[name] for name in (*LORA_FIELDS, "lora_dropout") if settings.get(name) is not None},
+            **{name: settings[name] for name in LORA_FIELDS if settings.get(name) is not None},
+            lora_dropout=dropout,
             target_modules="|".join(map(re.escape, modules)),
             fan_in_fan_out=bool(settings.get("fan_in_fan_out")),
             task_type="CAUSAL_LM",

@@ -62,7 +62,7 @@ def refine_clients(
         load_root_base(tokenizer.root, base_model=name, dtype=dtype, device=device)
         for tokenizer, name in ((source, source_model), (target, target_model))
     ]
-    check_same_tokens(loaded[0][1], loaded[1][1])
+    check_same_tokens(loaded[0][1], loaded[1][1], prompts)
     student = Student(*loaded[1], target.root, FineTuningRecipe.from_dict(target.recipe))
     deltas = candidate_deltas(mapper, predictors, torch.stack([source.delta(client) for client in clients]))
     deltas = {name: values for name, values in deltas.items() if candidates is None or name in candidates}

@@ -40,6 +40,8 @@ HEDGING = 1.12
 _TELLING = 0.75
 # Beyond this surplus the TinyLM hedges, see [`Screening`].
 _HEDGING_TOLD = 1.22
+# Prompts at which two tokenizers are compared.
+_COMPARED_PROMPTS = 64
 
 Progress = Callable[[str], None]
 
@@ -176,19 +178,37 @@ def public_weak_to_strong(
     return refine(completions, {"root": root_KP}, student, alone, **refine_kwargs)
 
 
-def check_same_tokens(tinylm: PreTrainedTokenizerBase, llm: PreTrainedTokenizerBase) -> None:
+def check_same_tokens(tinylm: PreTrainedTokenizerBase, llm: PreTrainedTokenizerBase, prompts: Rows = ()) -> None:
     """The TinyLM's words are given to the LLM token by token, so both must cut text alike.
+
+    Args:
+        tinylm, llm (`PreTrainedTokenizerBase`): the tokenizers.
+        prompts (`Dataset` or `Sequence[Mapping]`, *optional*): rows that will be completed; some are compared. Where
+            they are conversations, so are the chat templates.
 
     Raises:
         [`UsageError`]
     """
-    if tinylm.get_vocab() != llm.get_vocab():
+
+    def refuse(expected: str, found: str) -> None:
         raise UsageError(
             "TinyLM and LLM have different tokenizers, so one cannot be a witness for the other's tokens.",
-            expected=f"one vocabulary, here of {len(tinylm)} tokens",
-            found=f"another one, of {len(llm)}",
+            expected=expected,
+            found=found,
             remedy="generate without refinement, or use base models of one family",
         )
+
+    if tinylm.get_vocab() != llm.get_vocab():
+        refuse(f"one vocabulary, here of {len(tinylm)} tokens", f"another one, of {len(llm)}")
+    if tinylm.eos_token != llm.eos_token:
+        refuse(f"one end token, here {tinylm.eos_token}", f"{llm.eos_token} for the LLM")
+    for index in range(min(len(prompts), _COMPARED_PROMPTS)):
+        prompt = prompts[index].get("prompt")
+        if isinstance(prompt, str):
+            if tinylm(prompt)["input_ids"] != llm(prompt)["input_ids"]:
+                refuse("the same tokens of every prompt", f"other ones of prompt {index}")
+        elif tinylm.chat_template != llm.chat_template:
+            refuse("one chat template", "two")
 
 
 def draw_prompts(prompts: Rows, arguments: RefinementArguments) -> list[Mapping[str, Any]]:

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from grad_transformer import LoraAdapter, Root, aggregate_deltas, create_root
+from grad_transformer.adapters.fingerprints import fingerprint_base_model
 from grad_transformer.adapters.io import atomic_write, read_header, read_json, resolve_folder
-from grad_transformer.adapters.roots import fingerprint_base_model
+from grad_transformer.adapters.roots import model_name
 from grad_transformer.errors import (
     AdapterFormatError,
     BaseModelMismatchError,
@@ -85,11 +86,33 @@ def test_adapter_that_declares_another_root_is_refused(root):
         root.check_descends(adapter)
 
 
-def test_base_models_are_compared_by_their_last_name(root):
+SNAPSHOT = "/home/me/.cache/huggingface/hub/models--acme--base/snapshots/" + "0" * 40
+
+
+@pytest.mark.parametrize("name", ["somewhere/else/base", SNAPSHOT, r"C:\models\base", "/models/renamed", None])
+def test_an_adapter_is_known_by_its_root_whatever_place_its_base_model_was_loaded_from(root, name):
     adapter = moved(root)
-    adapter.check_base_model("somewhere/else/base")
-    with pytest.raises(BaseModelMismatchError):
-        adapter.check_base_model("org/other")
+    adapter.config["base_model_name_or_path"] = name
+    root.check_descends(adapter)
+    assert name in (None, "/models/renamed") or model_name(name) == model_name(root.base_model)
+
+
+def test_an_adapter_that_declares_another_base_model_is_refused(root):
+    adapter = moved(root)
+    adapter.metadata = {"root": {**root.facts(), "base_fingerprint": "v2:" + "0" * 64}}
+    with pytest.raises(BaseModelMismatchError, match="another base model"):
+        root.check_descends(adapter)
+
+
+def test_an_adapter_that_never_left_the_root_is_refused(root):
+    still = root.adapter.with_values(root.adapter.flat())
+    with pytest.raises(RootMismatchError, match="never trained"):
+        root.check_descends(still)
+    for key, tensor in still.tensors.items():
+        if "lora_A" in key:  # decayed, with B still zero: it does nothing
+            still.tensors[key] = 0.9 * tensor
+    with pytest.raises(RootMismatchError, match="never trained"):
+        root.check_descends(still)
 
 
 def test_adapter_round_trip_and_plain_peft(root, tmp_path):

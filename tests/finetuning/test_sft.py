@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,22 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM, Trainer
 
-from grad_transformer import Root, create_root
-from grad_transformer.errors import BaseModelMismatchError, RecipeError, UsageError
+from grad_transformer import LoraAdapter, Root, create_root
+from grad_transformer.errors import AdapterFormatError, BaseModelMismatchError, DataError, RecipeError, UsageError
 from grad_transformer.finetuning import (
     FineTuningRecipe,
     attach_root,
     check_rows,
     load_base,
+    load_root_base,
+    preview_base,
     read_adapter_tensors,
     row_order,
     run_sft,
     tokenize_rows,
     write_adapter_tensors,
 )
+from grad_transformer.hub import Origin
 from tests.worlds import lora, tiny_qwen2, tiny_root
 
 
@@ -63,7 +67,7 @@ def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def test_a_base_model_is_loaded_frozen_in_its_own_dtype(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tiny_qwen2(tmp_path)
-    with pytest.raises(UsageError, match="cannot be loaded"):
+    with pytest.raises(UsageError, match="no such model"):
         load_base(tmp_path / "nowhere")
     tokenizer.save_pretrained(tmp_path)
     model, loaded = load_base(tmp_path)
@@ -230,3 +234,71 @@ def test_adapters_are_at_least_float32(
     result = run_sft(attach_root(model, world[1]), tokenizer, digit_rows(), RECIPE, root=world[1], seed=0)
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     assert {values.dtype for values in result.snapshots.values()} == {expected}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": r".*\.(q_proj|v_proj)|(([a-z_0-9]+\.?)+)+!"},
+        {"exclude_modules": r"(([a-z_0-9]+\.?)+)+!"},
+        {"layers_pattern": "(a+)+$", "layers_to_transform": [0]},
+        {"target_modules": ["nothing"]},
+        {"task_type": "SEQ_CLS", "init_lora_weights": "eva"},
+    ],
+)
+def test_what_is_adapted_is_what_the_root_holds_and_no_pattern_of_its_config_is_matched(
+    model: Qwen2ForCausalLM, world: tuple[Path, Root], config: dict[str, Any]
+) -> None:
+    root = world[1]
+    adapter = LoraAdapter({**root.adapter.config, **config}, root.adapter.tensors, root.layout)
+    peft_model = attach_root(model, replace(root, adapter=adapter))
+    assert read_adapter_tensors(peft_model).keys() == root.adapter.tensors.keys()
+
+
+@pytest.mark.parametrize("dropout", [1.0, -1.0, "x"])
+def test_a_dropout_that_is_none_is_refused(model: Qwen2ForCausalLM, world: tuple[Path, Root], dropout: object) -> None:
+    root = world[1]
+    adapter = LoraAdapter({**root.adapter.config, "lora_dropout": dropout}, root.adapter.tensors, root.layout)
+    with pytest.raises(AdapterFormatError, match="cannot be put on"):
+        attach_root(model, replace(root, adapter=adapter))
+
+
+def test_tokens_beyond_the_embedding_are_refused_before_the_first_step(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, world: tuple[Path, Root]
+) -> None:
+    tokens = Dataset.from_dict({"input_ids": [[1, 2], [3, 32]], "labels": [[-100, 2], [-100, 32]]})
+    with pytest.raises(DataError, match="Row 1 has a token that the base model does not know"):
+        run_sft(attach_root(model, world[1]), tokenizer, tokens, RECIPE, root=world[1], seed=0)
+
+
+def test_float16_trains_from_a_root_of_a_float32_checkpoint(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    root = tiny_root(tmp_path)
+    tokenizer.save_pretrained(tmp_path / "base")
+    loaded, text_tokenizer = load_root_base(root, dtype="float16")
+    result = run_sft(attach_root(loaded, root), text_tokenizer, digit_rows(), RECIPE, root=root, seed=0)
+    assert loaded.dtype == torch.float16
+    assert all(values.isfinite().all() for values in result.snapshots.values())
+
+
+def test_a_mapper_from_the_hub_names_no_path_of_this_machine(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    root = tiny_root(tmp_path)
+    tokenizer.save_pretrained(tmp_path / "base")
+    assert preview_base(root).place == "folder"
+    fetched = replace(root, origin=Origin("acme/mapper", None, "0" * 40))
+    for name in (str(tmp_path / "base"), "../base", "~/base", "a\\b", "a/b/c", "x" * 200, "a b"):
+        with pytest.raises(UsageError, match="names a path"):
+            load_root_base(replace(fetched, base_model=name))
+    assert load_root_base(fetched, base_model=tmp_path / "base")[0].dtype == torch.float32
+    preview = preview_base(replace(fetched, base_model="acme/tiny", base_revision="1" * 40))
+    assert preview.describe() == f"Base model acme/tiny at {'1' * 40}: to be downloaded from the Hub"
+
+
+def test_another_base_model_is_refused_before_its_tokenizer_is_read(tmp_path: Path, world: tuple[Path, Root]) -> None:
+    other = tiny_qwen2(tmp_path, seed=1)
+    (other / "tokenizer.json").write_text("{}")
+    with pytest.raises(BaseModelMismatchError):
+        load_root_base(world[1], base_model=other)

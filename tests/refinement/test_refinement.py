@@ -331,6 +331,12 @@ def test_what_cannot_be_done_is_refused(world: dict, heard: list[Completions], t
     tokenizer.add_tokens(["new"])
     with pytest.raises(UsageError, match="different tokenizers"):
         check_same_tokens(tokenizer, make_lab_tokenizer())
+    chats = [{"prompt": [{"role": "user", "content": "?1"}]}]
+    one, two = make_lab_tokenizer(), make_lab_tokenizer()
+    one.chat_template, two.chat_template = "{{ messages }}", "{{ messages[0] }}"
+    check_same_tokens(one, two, [{"prompt": "?1"}])
+    with pytest.raises(UsageError, match="chat template"):
+        check_same_tokens(one, two, chats)
     with pytest.raises(UsageError, match="nothing to refine"):
         refine(heard, {}, world["student"], ARGUMENTS)
     with pytest.raises(DataError, match="no prompts"):

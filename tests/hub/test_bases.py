@@ -1,0 +1,52 @@
+"""Base models on the Hub: one commit, and nothing of it but what is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import CommitOperationAdd, HfApi
+
+from grad_transformer import create_root
+from grad_transformer.adapters.base_files import locate
+from grad_transformer.errors import HubError, UsageError
+from grad_transformer.finetuning import load_root_base, preview_base
+from grad_transformer.lab import make_lab_tokenizer
+from tests.hub_server import HubServer
+from tests.worlds import lora, tiny_qwen2
+
+
+@pytest.fixture
+def sha(hub: HubServer, tmp_path: Path) -> str:
+    """Commit of `acme/tiny`: a model beside a program and a pickle."""
+    folder = tiny_qwen2(tmp_path / "made" / "tiny")
+    make_lab_tokenizer().save_pretrained(folder)
+    (folder / "modeling_evil.py").write_text("raise SystemExit('code ran')\n")
+    (folder / "pytorch_model.bin").write_bytes(b"cposix\nsystem\n(S'exit 1'\ntR.")
+    api = HfApi()
+    api.create_repo("acme/tiny")
+    files = [CommitOperationAdd(path.name, str(path)) for path in folder.iterdir()]
+    return str(api.create_commit("acme/tiny", files, commit_message="Upload").oid)
+
+
+def test_a_base_model_is_one_commit_without_code_and_pickles(sha: str, tmp_path: Path) -> None:
+    found = locate("acme/tiny")
+    names = {path.name for path in found.folder.iterdir()}
+    assert {"config.json", "tokenizer.json"} <= names
+    assert not any(name.endswith((".py", ".bin", ".safetensors")) for name in names)
+    root = create_root("acme/tiny", lora(), output_dir=tmp_path / "root")
+    assert (root.base_model, root.base_revision, root.adapter.config["revision"]) == ("acme/tiny", sha, sha)
+    names = {path.name for path in found.folder.iterdir()}
+    assert "model.safetensors" in names and not any(name.endswith((".py", ".bin")) for name in names)
+    assert preview_base(root).place == "cache"
+    model, _ = load_root_base(root)
+    assert model.config.name_or_path == "acme/tiny"
+
+
+def test_names_that_are_on_no_hub_are_typed_errors(sha: str, tmp_path: Path) -> None:
+    with pytest.raises(HubError):
+        locate("acme/mistyped")
+    with pytest.raises(HubError):
+        locate("acme/tiny", revision="v9.9")
+    with pytest.raises(UsageError, match="no such model"):
+        locate(tmp_path / "acme" / "tiny" / "x")
