@@ -98,13 +98,11 @@ class RootRecord(RootFactsRecord):
 
 
 @_open
-class ClientIdentityRecord(TypedDict):
-    """A client of a generated adapter: a public repository, or a hash alone."""
+class HashRecord(TypedDict):
+    """A client of a generated adapter of which no repository is named."""
 
-    repo_id: NotRequired[RepoId]
-    revision: NotRequired[Name | None]
-    sha: NotRequired[Commit]
-    sha256: NotRequired[Digest]
+    sha256: Digest
+    repo_id: NotRequired[None]
 
 
 @_open
@@ -130,7 +128,7 @@ class GeneratedRecord(TypedDict):
     source_base_model: NotRequired[Name | None]
     mapper: NotRequired[OriginRecord | None]
     num_clients: NotRequired[Positive]
-    clients: NotRequired[list[ClientIdentityRecord]]
+    clients: NotRequired[list[OriginRecord | HashRecord]]
     order: NotRequired[Name]
     aggregation: NotRequired[Name]
     shift: NotRequired[list[ShiftFactsRecord] | None]
