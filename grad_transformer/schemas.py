@@ -318,7 +318,7 @@ class ReportClientRecord(TypedDict):
     llm_base: Number
     generated: Number
     llm_finetuned: NotRequired[Number | None]
-    controls: NotRequired[dict[str, Number | None]]
+    controls: dict[str, Number | None]
     pgr: NotRequired[Number | None]
     gap_too_small: NotRequired[bool]
 
