@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, with_config
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from .constants import (
@@ -291,6 +291,17 @@ class HeldoutRecord(TypedDict):
     r2_permuted_inputs: NotRequired[Number | None]
     r2_ceiling: NotRequired[Number | None]
     block_mse: NotRequired[list[Number]]
+    controls: NotRequired[dict[str, Number | None]]
+
+
+def _controls_are_numbers(record: HeldoutRecord) -> HeldoutRecord:
+    for name, value in record.items():
+        if name.startswith("r2_") and not isinstance(value, int | float | None):
+            raise ValueError(f"`{name}` is no number")
+    return record
+
+
+Heldout = Annotated[HeldoutRecord, AfterValidator(_controls_are_numbers)]
 
 
 @_open
@@ -328,7 +339,7 @@ class ReportRecord(TypedDict):
     """What a card says of `report.json`; the whole of it is read by `evaluation.Report`."""
 
     format_version: Positive
-    heldout: HeldoutRecord
+    heldout: Heldout
     clients: list[ReportClientRecord]
 
 
@@ -414,7 +425,7 @@ FILES: dict[str, Any] = {
     "config.json": ModelConfigRecord,
     "model.safetensors.index.json": WeightIndexRecord,
     REPORT_NAME: ReportRecord,
-    HELDOUT_NAME: HeldoutRecord,
+    HELDOUT_NAME: Heldout,
     TRAINING_LOG_NAME: TrainingLogRecord,
     SHIFT_NAME: ShiftRecord,
     ORIGIN_NAME: OriginRecord,
