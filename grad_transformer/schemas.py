@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, with_config
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from .constants import (
@@ -106,13 +106,11 @@ class RootRecord(RootFactsRecord):
 
 
 @_open
-class ClientIdentityRecord(TypedDict):
-    """A client of a generated adapter: a public repository, or a hash alone."""
+class HashRecord(TypedDict):
+    """A client of a generated adapter of which no repository is named."""
 
-    repo_id: NotRequired[RepoId]
-    revision: NotRequired[Name | None]
-    sha: NotRequired[Commit]
-    sha256: NotRequired[Digest]
+    sha256: Digest
+    repo_id: NotRequired[None]
 
 
 @_open
@@ -138,7 +136,7 @@ class GeneratedRecord(TypedDict):
     source_base_model: NotRequired[Name | None]
     mapper: NotRequired[OriginRecord | None]
     num_clients: NotRequired[Positive]
-    clients: NotRequired[list[ClientIdentityRecord]]
+    clients: NotRequired[list[OriginRecord | HashRecord]]
     order: NotRequired[Name]
     aggregation: NotRequired[Name]
     shift: NotRequired[list[ShiftFactsRecord] | None]
@@ -301,6 +299,17 @@ class HeldoutRecord(TypedDict):
     r2_permuted_inputs: NotRequired[Number | None]
     r2_ceiling: NotRequired[Number | None]
     block_mse: NotRequired[list[Number]]
+    controls: NotRequired[dict[str, Number | None]]
+
+
+def _controls_are_numbers(record: HeldoutRecord) -> HeldoutRecord:
+    for name, value in record.items():
+        if name.startswith("r2_") and not isinstance(value, int | float | None):
+            raise ValueError(f"`{name}` is no number")
+    return record
+
+
+Heldout = Annotated[HeldoutRecord, AfterValidator(_controls_are_numbers)]
 
 
 @_open
@@ -328,7 +337,7 @@ class ReportClientRecord(TypedDict):
     llm_base: Number
     generated: Number
     llm_finetuned: NotRequired[Number | None]
-    controls: NotRequired[dict[str, Number | None]]
+    controls: dict[str, Number | None]
     pgr: NotRequired[Number | None]
     gap_too_small: NotRequired[bool]
 
@@ -338,7 +347,7 @@ class ReportRecord(TypedDict):
     """What a card says of `report.json`; the whole of it is read by `evaluation.Report`."""
 
     format_version: Positive
-    heldout: HeldoutRecord
+    heldout: Heldout
     clients: list[ReportClientRecord]
 
 
@@ -445,7 +454,7 @@ FILES: dict[str, Any] = {
     "config.json": ModelConfigRecord,
     "model.safetensors.index.json": WeightIndexRecord,
     REPORT_NAME: ReportRecord,
-    HELDOUT_NAME: HeldoutRecord,
+    HELDOUT_NAME: Heldout,
     TRAINING_LOG_NAME: TrainingLogRecord,
     SHIFT_NAME: ShiftRecord,
     ORIGIN_NAME: OriginRecord,

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,24 +10,21 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from datasets.exceptions import DatasetsError
-from pyarrow.dataset import ParquetFragmentScanOptions
 from tqdm.auto import tqdm
 
 from ..adapters import LoraLayout, Root
 from ..adapters.io import atomic_write, member, read_record, write_json_atomic, write_text_atomic
 from ..adapters.rows import DeltaRows, text_column
 from ..constants import DELTA_DATASET_NAME, FORMAT_VERSION, PLAN_NAME
-from ..errors import DeltaDatasetError, GradTransformerError
-from ..hub import KINDS, Fetched, Origin, fetch
+from ..errors import DeltaDatasetError
+from ..hub import KINDS, Origin, fetch
 from ..locks import sole_writer
 from ..outputs import prepare_output
 from ..schemas import DeltaDatasetRecord
 from .identity import dataset_fingerprint
-from .parquet import check_parquet, data_files, schema_of
+from .parquet import checked_ids, load_splits, schema_of, stream_splits
 from .plan import ROLES, SPLITS, ShadowPlan
 from .records import missing_runs, read_run
 from .run import load_checked_root, load_plan, load_plan_root, root_folder
@@ -277,7 +271,7 @@ def load_delta_dataset(
     if streaming:
         dataset = DeltaDataset({}, manifest, folder, fetched.origin)
         schema = schema_of({role: dataset.layout(role) for role in ROLES})
-        return replace(dataset, splits=_stream(fetched, manifest, schema, hub_kwargs.get("token")))
+        return replace(dataset, splits=stream_splits(fetched, manifest, schema, hub_kwargs.get("token")))
     for name, digest in manifest["files"].items():
         path = member(folder, name, error=DeltaDatasetError)
         found = _sha256(path) if path.is_file() else "no file"
@@ -291,21 +285,10 @@ def load_delta_dataset(
             )
     dataset = DeltaDataset({}, manifest, folder, fetched.origin)
     schema = schema_of({role: dataset.layout(role) for role in ROLES})
-    files = data_files(folder, manifest)
-    for split, paths in files.items():
-        check_parquet(paths, schema, manifest["splits"][split]["pairs"])
-    # By default Arrow holds a whole file while it is turned into a memory-mapped table.
-    reading = ParquetFragmentScanOptions(use_buffered_stream=True, pre_buffer=False)
-    with _lean_arrow(), _typed_errors(folder):
-        splits = datasets.load_dataset(
-            "parquet",
-            data_files={split: [str(path) for path in paths] for split, paths in files.items()},
-            features=datasets.Features.from_arrow_schema(schema),
-            fragment_scan_options=reading,
-        )
+    splits = load_splits(folder, manifest, schema)
     seen: dict[str, str] = {}
     for split, rows in splits.items():
-        ids = _checked_ids(rows, split, folder)
+        ids = checked_ids(rows, split, folder)
         for shadow_id in set(ids):
             if seen.setdefault(shadow_id, split) != split:
                 raise DeltaDatasetError(
@@ -314,95 +297,7 @@ def load_delta_dataset(
                     expected="splits by shadow run",
                     found=f"{shadow_id} in {seen[shadow_id]} and {split}",
                 )
-    return replace(dataset, splits=dict(splits))
-
-
-def _checked_ids(rows: datasets.Dataset, split: str, folder: Path) -> list[str]:
-    """The shadow run of each pair, where all of them are whole: no empty cells, and steps from 1 on."""
-    table = rows.data
-    chunks = [chunk for name in ("source_blocks", "target_blocks") for chunk in table.column(name).chunks]
-    empty = sum(table.column(name).null_count for name in ("shadow_id", "step"))
-    empty += sum(chunk.null_count + chunk.values.null_count for chunk in chunks)
-    if empty or pc.min(table.column("step")).as_py() < 1:
-        raise DeltaDatasetError(
-            "A pair of the delta dataset is not whole.",
-            path=folder,
-            expected="shadow run, step from 1 on, and both deltas, in each row",
-            found=f"{empty} empty cells in split {split}" if empty else f"a step below 1 in split {split}",
-            remedy="build or download the dataset again",
-        )
-    return text_column(rows, "shadow_id")
-
-
-@contextmanager
-def _lean_arrow() -> Iterator[None]:
-    """Arrow without threads and pools of its own, whose allocators keep what was freed: they grow with the file."""
-    pool, threads, io_threads = pa.default_memory_pool(), pa.cpu_count(), pa.io_thread_count()
-    pa.set_memory_pool(pa.system_memory_pool())
-    pa.set_cpu_count(1)
-    pa.set_io_thread_count(1)
-    try:
-        yield
-    finally:
-        pa.set_memory_pool(pool)
-        pa.set_cpu_count(threads)
-        pa.set_io_thread_count(io_threads)
-
-
-@contextmanager
-def _typed_errors(folder: Path) -> Iterator[None]:
-    """What Arrow and datasets say of a damaged file, as an error that names the dataset."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, KeyError, NotImplementedError, pa.ArrowException, DatasetsError) as cause:
-        if isinstance(cause, GradTransformerError):
-            raise
-        raise DeltaDatasetError(
-            "The pairs of the delta dataset cannot be read.",
-            path=folder,
-            found=f"{type(cause).__name__}: {str(cause).strip()[:200]}",
-            remedy="build or download the dataset again",
-        ) from cause
-
-
-def _stream(fetched: Fetched, manifest: dict[str, Any], schema: pa.Schema, token: str | bool | None) -> dict[str, Any]:
-    """Rows as they come, each checked; the footers too of files that lie here."""
-    features, folder = datasets.Features.from_arrow_schema(schema), fetched.folder
-    if fetched.origin is None or (folder / "data").is_dir():
-        files = data_files(folder, manifest)
-        for split, paths in files.items():
-            check_parquet(paths, schema, manifest["splits"][split]["pairs"])
-        local = {split: [str(path) for path in paths] for split, paths in files.items()}
-        with _typed_errors(folder):
-            splits = datasets.load_dataset("parquet", data_files=local, features=features, streaming=True)
-    else:
-        named = {
-            split: [path.relative_to(folder).as_posix() for path in paths]
-            for split, paths in data_files(folder, manifest).items()
-        }
-        origin = fetched.origin
-        with _typed_errors(folder):
-            splits = datasets.load_dataset(
-                origin.repo_id,
-                data_files=named,
-                features=features,
-                revision=origin.sha,
-                token=token,
-                streaming=True,
-            )
-    return {split: rows.map(_check_row, fn_kwargs={"folder": str(folder)}) for split, rows in splits.items()}
-
-
-def _check_row(row: dict[str, Any], folder: str) -> dict[str, Any]:
-    broken = row["shadow_id"] is None or row["step"] is None or row["step"] < 1
-    for column in ("source_blocks", "target_blocks"):
-        values = row[column]
-        broken = broken or values is None or None in values or not math.isfinite(math.fsum(map(abs, values)))
-    if broken:
-        raise DeltaDatasetError(
-            "A pair of the delta dataset is not whole, or not finite.", path=folder, found=f"run {row['shadow_id']}"
-        )
-    return row
+    return replace(dataset, splits=splits)
 
 
 def _run_table(

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.fuzz_adapters import make_tokenizer, write_valid
 from safetensors.torch import load_file, save_file
 
-from benchmarks.fuzz_adapters import make_tokenizer, write_valid
 from grad_transformer import LoraAdapter
 from grad_transformer.adapters.keys import canonical_keys
 from grad_transformer.adapters.layout import LoraLayout
