@@ -42,6 +42,7 @@ MAX_CONNECTION_TRIES = 3
 # A host whose name is not known is one that a machine without the network asks for.
 MAX_NAME_TRIES = 2
 MAX_WAIT_SECONDS = 600.0
+_MAX_FOUND = 500
 
 _RATELIMIT = re.compile(r"r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")
 _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}|(?<=Bearer )\S+")
@@ -171,8 +172,8 @@ def hub_error(error: BaseException, about: str | Path) -> HubError:
     else:
         message, expected = "The Hub cannot be reached.", "an answer"
         remedy = (
-            "check the network, HF_ENDPOINT and HF_HUB_OFFLINE, and the spelling if a folder was meant; cached versions "
-            "load with local_files_only"
+            "check the network, HF_ENDPOINT and HF_HUB_OFFLINE, and the spelling if a folder was meant; cached "
+            "versions load with local_files_only"
         )
     return HubError(message, path=about, expected=expected, found=_found(cause, status), remedy=remedy)
 
@@ -184,6 +185,7 @@ def _found(cause: BaseException, status: int | None) -> str:
 
 
 def redact(text: str) -> str:
-    """Text without tokens and without this machine's home folder."""
+    """Text without tokens, without this machine's home folder, and without what a terminal would obey."""
     home = re.compile(rf"(?<![\w.-]){re.escape(str(Path.home()))}(?![\w.-])")
-    return home.sub("~", _TOKEN.sub("***", text))
+    plain = "".join(letter if letter.isprintable() else "_" for letter in text[:_MAX_FOUND])
+    return home.sub("~", _TOKEN.sub("***", plain))
