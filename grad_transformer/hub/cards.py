@@ -79,8 +79,7 @@ def card_files(
         text = _decode(previous, repo_id)
         with _card_errors(repo_id):
             before = card_class(text)
-            old = before.data.to_dict()
-            _check_metadata(old)
+            old = _kept_metadata(before.data.to_dict())
         # A push without a report, dataset or license leaves those of the card.
         metadata = {**old, **metadata, "tags": list(dict.fromkeys([*(old.get("tags") or []), *metadata["tags"]]))}
         body = merge_text(before.text, body)
@@ -137,8 +136,11 @@ def _decode(card: bytes, repo_id: str) -> str:
         return text
 
 
-def _check_metadata(old: Mapping[Any, Any]) -> None:
-    """YAML may name one value a million times, in a few lines: its values are counted as they would be written."""
+def _kept_metadata(old: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of the card before, with ids where there must be ids: what is none was let in by mistake.
+
+    YAML may name one value a million times, in a few lines: its values are counted as they would be written.
+    """
     tags = old.get("tags") or []
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise ValueError("`tags` is no list of words")
@@ -153,6 +155,12 @@ def _check_metadata(old: Mapping[Any, Any]) -> None:
             pending += value.values()
         elif isinstance(value, list | tuple | set):
             pending += value
+    kept = dict(old)
+    for name in ("base_model", "datasets"):
+        named = old.get(name)
+        ids = [value for value in (named if isinstance(named, list) else [named]) if is_repo_id(value)]
+        kept[name] = ids or None
+    return kept
 
 
 @contextmanager

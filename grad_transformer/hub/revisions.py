@@ -188,6 +188,7 @@ def _resolve(
             raise
         logger.warning("The Hub cannot be reached: the version that was cached last is used.")
         return Origin(repo_id, revision, known), None
+    assert isinstance(info, ModelInfo | DatasetInfo)
     origin = Origin(repo_id, revision, str(info.sha), private=bool(info.private or info.gated))
     if (
         known not in (None, origin.sha)

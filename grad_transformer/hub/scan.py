@@ -24,8 +24,10 @@ from huggingface_hub import get_token
 from ..errors import UsageError
 
 
+# Each begins with a fixed text: such a pattern is searched for at the speed of memory.
 _TOKENS = (
-    r"(?:hf|api_org)_[A-Za-z0-9]{20}",
+    r"hf_[A-Za-z0-9]{20}",
+    r"api_org_[A-Za-z0-9]{20}",
     r"gh[opsu]_[A-Za-z0-9]{30}",
     r"github_pat_\w{22}",
     r"AKIA[0-9A-Z]{16}",
@@ -43,7 +45,9 @@ _PATH = re.compile(
         (
             _STARTS + r"/(?:[^\s/\\\"'`<>|:*?]+/)+[^\s/]",
             r"(?<![\w.~])~[/\\]\w",
-            r"(?<![\w.])\.{1,2}[/\\][\w.]",
+            r"(?<![\w.])\.{1,2}/[\w.]",
+            # Not what is a regular expression for modules, such as `layers\.\d+`.
+            _STARTS + r"\.{1,2}\\\w\w",
             r"(?<!\w)[A-Za-z]:[/\\]\w",
             _STARTS + r"\\\\[\w.-]+\\[\w$.-]",
             r"\bfile:/",
@@ -98,7 +102,6 @@ def _open(content: Path | bytes) -> Iterator[BinaryIO]:
 
 
 def _in_bytes(content: Path | bytes) -> str | None:
-    # One pattern after the other: each has a literal beginning, which is looked for at the speed of memory.
     token = get_token()
     tokens = [re.compile(pattern.encode()) for pattern in _TOKENS] + (
         [re.compile(re.escape(token.encode()))] if token else []

@@ -42,6 +42,7 @@ MAX_CONNECTION_TRIES = 3
 # A host whose name is not known is one that a machine without the network asks for.
 MAX_NAME_TRIES = 2
 MAX_WAIT_SECONDS = 600.0
+_MAX_FOUND = 500
 
 _RATELIMIT = re.compile(r"r\s*=\s*0\s*;\s*t\s*=\s*(\d+)")
 _TOKEN = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{8,}|(?<=Bearer )\S+")
@@ -184,6 +185,7 @@ def _found(cause: BaseException, status: int | None) -> str:
 
 
 def redact(text: str) -> str:
-    """Text without tokens and without this machine's home folder."""
+    """Text without tokens, without this machine's home folder, and without what a terminal would obey."""
     home = re.compile(rf"(?<![\w.-]){re.escape(str(Path.home()))}(?![\w.-])")
-    return home.sub("~", _TOKEN.sub("***", text))
+    plain = "".join(letter if letter.isprintable() else "_" for letter in text[:_MAX_FOUND])
+    return home.sub("~", _TOKEN.sub("***", plain))

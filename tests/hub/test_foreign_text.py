@@ -174,6 +174,15 @@ def test_what_an_older_version_let_in_goes_with_the_next_push():
     assert card("generated_adapter", CARDS["generated_adapter"], previous=forged.encode()) == clean
 
 
+def test_metadata_that_is_no_id_goes_with_the_next_push():
+    previous = (
+        b'---\nbase_model: "x](evil)"\ndatasets:\n- acme/rows\n- "evil text\\n- more"\nlicense: mit\n---\nMine.\n'
+    )
+    files = {"config.json": {"source_base_model": None}}
+    data = ModelCard(card("mapper", files, previous=previous)).data
+    assert (data.base_model, data.datasets, data.license) == (None, ["acme/rows"], "mit")
+
+
 def test_prose_before_and_after_a_doubled_passage_stays():
     previous = f"Mine.\n\n{OPEN}\n1\n{CLOSE}\nforged\n{OPEN}\n2\n{CLOSE}\n\nMine too.\n"
     assert merge_text(previous, f"{OPEN}\n3\n{CLOSE}\n") == f"Mine.\n\n{OPEN}\n3\n{CLOSE}\n\nMine too.\n"

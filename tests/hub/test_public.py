@@ -55,6 +55,7 @@ TEXTS = {
 FINE = (
     *("org/name", "https://huggingface.co/org/name/tree/v1.0", "a and/or b", "1/2", "</s>", "v1.0", "N/A", "..."),
     *("base_model.model.layers.0.lora_A.weight", "s3://public/rows.parquet", "key=value&x=1", "data/train-*.parquet"),
+    *(r"model\.layers\.\d+\.self_attn\.(q|v)_proj", r".*\.(?:q_proj|v_proj)", "{%- if '/' in x %}", "a\tb: 1/2/3"),
 )
 
 
@@ -148,7 +149,7 @@ def test_weights_are_searched_fast(tmp_path):
     save_file({"x": values}, tmp_path / "a.safetensors")
     started = time.process_time()
     public_files({"a.safetensors": tmp_path / "a.safetensors"})
-    assert 64 / (time.process_time() - started) > 20, "MB in a second, many times less than measured"
+    assert 64 / (time.process_time() - started) > 20, "MB of processor time; measured: 180"
 
 
 @pytest.mark.parametrize(
