@@ -260,7 +260,8 @@ def load_delta_dataset(
     fetched = fetch(name_or_path, allow_patterns=patterns, repo_type="dataset", revision=revision, **hub_kwargs)
     folder = fetched.folder
     manifest: dict[str, Any] = dict(read_record(folder / DELTA_DATASET_NAME, DeltaDatasetRecord))
-    if manifest.get("fingerprint", dataset_fingerprint(manifest)) != dataset_fingerprint(manifest):
+    # Datasets of earlier versions do not carry it.
+    if "fingerprint" in manifest and manifest["fingerprint"] != dataset_fingerprint(manifest):
         raise DeltaDatasetError(
             "The manifest of the delta dataset was changed.",
             path=folder / DELTA_DATASET_NAME,

@@ -148,7 +148,7 @@ def kill_when(condition: Callable[[], bool], process_id: Callable[[], int], kill
     """Once a condition holds, kill a process."""
 
     def watch() -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not condition() and time.monotonic() < deadline:
             time.sleep(0.005)
         killed.append(process_id())

@@ -232,7 +232,8 @@ def test_a_save_that_is_interrupted_leaves_nothing_that_looks_whole(
 
 def test_a_mapper_records_its_dataset_and_takes_no_other(finished: Path, dataset: Path, other: Path) -> None:
     mapper, deltas = GradTransformer.from_pretrained(finished), load_delta_dataset(dataset)
-    assert mapper.config.delta_dataset == {"fingerprint": deltas.fingerprint, "plan_fingerprint": "plan-a"}
+    plan = deltas.manifest["plan_fingerprint"]
+    assert mapper.config.delta_dataset == {"fingerprint": deltas.fingerprint, "plan_fingerprint": plan}
     assert len(mapper.config.training_fingerprint) == 64
     check_dataset_of(mapper, deltas)
     with pytest.raises(DeltaDatasetError, match="another delta dataset"):
