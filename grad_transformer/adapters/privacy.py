@@ -127,7 +127,7 @@ class PrivacyStatement:
         """
         if not isinstance(data, Mapping):
             raise _malformed("an object", type(data).__name__, path)
-        facts = {}
+        facts: dict[str, Any] = {}
         for spec in dataclasses.fields(cls):
             value = data.get(spec.name, spec.default)
             value = tuple(value) if isinstance(value, list) else value

@@ -17,7 +17,8 @@ from typing import Any
 
 from ..constants import FORMAT_VERSION
 from ..errors import IncompleteArtifactError, UsageError
-from ..files import read_json, write_json_atomic
+from ..files import read_record, write_json_atomic
+from ..schemas import PrivateCheckpointRecord, PrivateRunRecord
 
 
 RUN_NAME = "run.json"
@@ -64,23 +65,17 @@ def claim_folder(
                 remedy="choose an empty folder",
             )
         key = secrets.token_hex(32)
-        run = {
-            "format_version": FORMAT_VERSION,
+        new: PrivateRunRecord = {
             "key": key,
             "identity": _keyed(identity, key),
-            "spent_before": {place: list(spent)},
+            "spent_before": {place: spent},
             "delivered_steps": 0,
         }
-        write_json_atomic(path, run)
+        write_json_atomic(path, {"format_version": FORMAT_VERSION, **new})
         return spent
-    run = read_json(path)
-    try:
-        found, expected = run["identity"], _keyed(identity, run["key"])
-        before = {name: (float(epsilon), float(delta)) for name, (epsilon, delta) in run["spent_before"].items()}
-        delivered = int(run["delivered_steps"])
-        differing = sorted(name for name in expected if not hmac.compare_digest(found.get(name, ""), expected[name]))
-    except (KeyError, TypeError, ValueError, AttributeError) as cause:
-        raise IncompleteArtifactError(f"{RUN_NAME} cannot be read.", path=path, found=repr(cause)) from cause
+    run = read_record(path, PrivateRunRecord)
+    expected = _keyed(identity, run["key"])
+    differing = sorted(name for name in expected if run["identity"].get(name) != expected[name])
     if differing:
         raise UsageError(
             "The checkpoints are those of another fine-tune.",
@@ -90,24 +85,25 @@ def claim_folder(
             remedy="choose an empty --dp_checkpoint_dir",
         )
     last = last_whole(folder)
-    if delivered > sum(steps for _, _, steps in (read_history(last) if last else ())):
+    if run["delivered_steps"] > sum(steps for _, _, steps in (read_history(last) if last else ())):
         raise UsageError(
             "The checkpoint behind an adapter that was delivered is gone: its steps, run again, would spend again.",
             path=folder,
-            expected=f"a checkpoint after {delivered} steps",
+            expected=f"a checkpoint after {run['delivered_steps']} steps",
             found=last or "no checkpoint",
             remedy="choose an empty --dp_checkpoint_dir",
         )
+    before = run["spent_before"]
     if place not in before:
         before[place] = spent
-        write_json_atomic(path, {**run, "spent_before": {name: list(pair) for name, pair in before.items()}})
+        write_json_atomic(path, dict(run))
     return before[place]
 
 
 def record_delivery(folder: str | Path, steps: int) -> None:
     """Say in a claimed folder that an adapter leaves after so many steps, before it does."""
     path = Path(folder) / RUN_NAME
-    write_json_atomic(path, {**read_json(path), "delivered_steps": steps})
+    write_json_atomic(path, {**read_record(path, PrivateRunRecord), "delivered_steps": steps})
 
 
 def write_manifest(checkpoint: str | Path, history: Iterable[Iterable[float]]) -> None:
@@ -125,14 +121,14 @@ def read_history(checkpoint: str | Path) -> list[tuple[float, float, int]]:
         [`IncompleteArtifactError`]: the checkpoint is not whole, or does not say it.
     """
     path = Path(checkpoint) / MANIFEST_NAME
-    manifest = read_json(path)
-    try:
-        for name, size in manifest["sizes"].items():
-            if (path.parent / name).stat().st_size != size:
-                raise ValueError(f"{name} has another size")
-        return [(float(noise), float(rate), int(steps)) for noise, rate, steps in manifest["history"]]
-    except (KeyError, TypeError, ValueError, AttributeError, OSError) as cause:
-        raise IncompleteArtifactError("The checkpoint is not whole.", path=path, found=cause) from cause
+    manifest = read_record(path, PrivateCheckpointRecord)
+    for name, size in manifest["sizes"].items():
+        found = (path.parent / name).stat().st_size if (path.parent / name).is_file() else "no file"
+        if found != size:
+            raise IncompleteArtifactError(
+                "The checkpoint is not whole.", path=path.parent / name, expected=f"{size} bytes", found=found
+            )
+    return manifest["history"]
 
 
 def last_whole(folder: str | Path) -> str | None:

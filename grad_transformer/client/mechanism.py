@@ -83,11 +83,11 @@ class _SecretNoise:
             parameter.grad = noise.add_(summed.cpu()).to(summed).view_as(parameter)
 
 
-class _PrivateOptimizer(_SecretNoise, DPOptimizer):  # type: ignore[misc]
+class _PrivateOptimizer(_SecretNoise, DPOptimizer):
     pass
 
 
-class _PrivateGhostOptimizer(_SecretNoise, DPOptimizerFastGradientClipping):  # type: ignore[misc]
+class _PrivateGhostOptimizer(_SecretNoise, DPOptimizerFastGradientClipping):
     pass
 
 
