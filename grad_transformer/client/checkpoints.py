@@ -18,7 +18,7 @@ from typing import Any
 from ..constants import FORMAT_VERSION
 from ..errors import IncompleteArtifactError, UsageError
 from ..files import read_record, write_json_atomic
-from ..schemas import AccountingRecord, PrivateRunRecord
+from ..schemas import PrivateCheckpointRecord, PrivateRunRecord
 
 
 RUN_NAME = "run.json"
@@ -65,20 +65,17 @@ def claim_folder(
                 remedy="choose an empty folder",
             )
         key = secrets.token_hex(32)
-        run: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
+        new: PrivateRunRecord = {
             "key": key,
             "identity": _keyed(identity, key),
-            "spent_before": {place: list(spent)},
+            "spent_before": {place: spent},
             "delivered_steps": 0,
         }
-        write_json_atomic(path, run)
+        write_json_atomic(path, {"format_version": FORMAT_VERSION, **new})
         return spent
-    run = dict(read_record(path, PrivateRunRecord))
-    found, expected = run["identity"], _keyed(identity, run["key"])
-    before = {name: (epsilon, delta) for name, (epsilon, delta) in run["spent_before"].items()}
-    delivered = run["delivered_steps"]
-    differing = sorted(name for name in expected if not hmac.compare_digest(found.get(name, ""), expected[name]))
+    run = read_record(path, PrivateRunRecord)
+    expected = _keyed(identity, run["key"])
+    differing = sorted(name for name in expected if run["identity"].get(name) != expected[name])
     if differing:
         raise UsageError(
             "The checkpoints are those of another fine-tune.",
@@ -88,17 +85,18 @@ def claim_folder(
             remedy="choose an empty --dp_checkpoint_dir",
         )
     last = last_whole(folder)
-    if delivered > sum(steps for _, _, steps in (read_history(last) if last else ())):
+    if run["delivered_steps"] > sum(steps for _, _, steps in (read_history(last) if last else ())):
         raise UsageError(
             "The checkpoint behind an adapter that was delivered is gone: its steps, run again, would spend again.",
             path=folder,
-            expected=f"a checkpoint after {delivered} steps",
+            expected=f"a checkpoint after {run['delivered_steps']} steps",
             found=last or "no checkpoint",
             remedy="choose an empty --dp_checkpoint_dir",
         )
+    before = run["spent_before"]
     if place not in before:
         before[place] = spent
-        write_json_atomic(path, {**run, "spent_before": {name: list(pair) for name, pair in before.items()}})
+        write_json_atomic(path, dict(run))
     return before[place]
 
 
@@ -123,14 +121,14 @@ def read_history(checkpoint: str | Path) -> list[tuple[float, float, int]]:
         [`IncompleteArtifactError`]: the checkpoint is not whole, or does not say it.
     """
     path = Path(checkpoint) / MANIFEST_NAME
-    manifest = read_record(path, AccountingRecord)
+    manifest = read_record(path, PrivateCheckpointRecord)
     for name, size in manifest["sizes"].items():
-        part = path.parent / name
-        if not part.is_file() or part.stat().st_size != size:
+        found = (path.parent / name).stat().st_size if (path.parent / name).is_file() else "no file"
+        if found != size:
             raise IncompleteArtifactError(
-                "The checkpoint is not whole.", path=part, expected=f"{size} bytes", found="another size, or no file"
+                "The checkpoint is not whole.", path=path.parent / name, expected=f"{size} bytes", found=found
             )
-    return [(noise, rate, int(steps)) for noise, rate, steps in manifest["history"]]
+    return manifest["history"]
 
 
 def last_whole(folder: str | Path) -> str | None:

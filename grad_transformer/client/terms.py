@@ -104,13 +104,13 @@ class ClientTerms:
     def _privacy_lines(self) -> list[tuple[str, str]]:
         if self.privacy is None or self.noise is None:
             return [("privacy", "none: an adapter can reveal rows it was trained on; only --dp_epsilon bounds that")]
-        if self.noise.epsilon is None or self.privacy.known_seed is not None:
+        unit, noise, epsilon = self.privacy.unit, self.noise, self.noise.epsilon
+        if epsilon is None or self.privacy.known_seed is not None:
             return [("privacy", "none: the noise is known, or there is none")]
-        unit, noise = self.privacy.unit, self.noise
         lines = [
             (
                 "privacy",
-                f"epsilon {noise.epsilon:.4g} at delta {self.privacy.delta:g}, for adding or removing one {unit}",
+                f"epsilon {epsilon:.4g} at delta {self.privacy.delta:g}, for adding or removing one {unit}",
             ),
             (
                 "noise",
@@ -120,8 +120,7 @@ class ClientTerms:
             ),
         ]
         if self.earlier[0]:
-            assert noise.epsilon is not None
-            total = noise.epsilon + self.earlier[0], self.privacy.delta + self.earlier[1]
+            total = epsilon + self.earlier[0], self.privacy.delta + self.earlier[1]
             lines.append(
                 (
                     "spent before",

@@ -80,7 +80,9 @@ def private_clients(stage: Stage, study_dir: Path, folder: Path) -> dict[str, An
         )
         deltas.append(adapter.tensors)
         # What the same noise would spend if nobody knew it.
-        spent.append(plan_noise(privacy, len(rows.train), recipe.max_steps).epsilon)
+        planned = plan_noise(privacy, len(rows.train), recipe.max_steps).epsilon
+        assert planned is not None
+        spent.append(planned)
     _save_deltas(folder, start, deltas)
     return {"clients": len(deltas), "epsilon": max(each for each in spent if each is not None)}
 
