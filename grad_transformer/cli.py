@@ -109,15 +109,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get(DEBUG) == "1":
             raise
-        unforeseen = GradTransformerError(
-            f"unforeseen {type(error).__name__}: {one_line(error)}",
-            remedy=f"with {DEBUG}=1 in the environment the traceback is shown; please report it",
-        )
-        _complain(command, str(unforeseen))
+        explained, code = _explain(error)
+        _complain(command, str(explained))
         if as_json:
-            print(json.dumps({**unforeseen.to_dict(), "error": type(error).__name__}, indent=2))
-        return 1
+            print(json.dumps({**explained.to_dict(), "error": type(error).__name__}, indent=2))
+        return code
     return 0
+
+
+def _explain(error: Exception) -> tuple[GradTransformerError, int]:
+    """An error of another library in one line, and the exit code: 2 where the machine, not code, is to be mended."""
+    shown = f"with {DEBUG}=1 in the environment the traceback is shown"
+    if isinstance(error, OSError):
+        what = one_line(error.strerror or error)
+        return UsageError(f"{type(error).__name__}: {what}", path=error.filename, remedy=shown), 2
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return UsageError(
+            "The memory is not enough.",
+            found=one_line(error) or None,
+            remedy=f"smaller batches, gradient checkpointing or another --dtype, where the command has them; {shown}",
+        ), 2
+    return GradTransformerError(
+        f"unforeseen {type(error).__name__}: {one_line(error)}", remedy=f"{shown}; please report it"
+    ), 1
 
 
 def _complain(command: str, message: str, before: str = "") -> None:
