@@ -103,25 +103,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as cause:
-        error = cause if isinstance(cause, GradTransformerError) else disk_error(cause)
-        if error is None and os.environ.get(DEBUG) == "1":
+        known = cause if isinstance(cause, GradTransformerError) else disk_error(cause)
+        if known is None and os.environ.get(DEBUG) == "1":
             raise
-        _report(command, error or _unforeseen(cause), type(error or cause).__name__, as_json)
-        return 1 if error is None else 2
+        error, code = (known, 2) if known is not None else _explain(cause)
+        _complain(command, str(error))
+        if as_json:
+            print(json.dumps({**error.to_dict(), "error": type(known or cause).__name__}, indent=2))
+        return code
     return 0
 
 
-def _unforeseen(cause: Exception) -> GradTransformerError:
+def _explain(error: Exception) -> tuple[GradTransformerError, int]:
+    """An error of another library in one line, and the exit code: 2 where the machine, not code, is to be mended."""
+    shown = f"with {DEBUG}=1 in the environment the traceback is shown"
+    if isinstance(error, OSError):
+        what = one_line(error.strerror or error)
+        return UsageError(f"{type(error).__name__}: {what}", path=error.filename, remedy=shown), 2
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return UsageError(
+            "The memory is not enough.",
+            found=one_line(error) or None,
+            remedy=f"smaller batches, gradient checkpointing or another --dtype, where the command has them; {shown}",
+        ), 2
     return GradTransformerError(
-        f"unforeseen {type(cause).__name__}: {one_line(cause)}",
-        remedy=f"with {DEBUG}=1 in the environment the traceback is shown; please report it",
-    )
-
-
-def _report(command: str, error: GradTransformerError, name: str, as_json: bool) -> None:
-    _complain(command, str(error))
-    if as_json:
-        print(json.dumps({**error.to_dict(), "error": name}, indent=2))
+        f"unforeseen {type(error).__name__}: {one_line(error)}", remedy=f"{shown}; please report it"
+    ), 1
 
 
 def _complain(command: str, message: str, before: str = "") -> None:

@@ -374,6 +374,24 @@ def test_what_nobody_foresaw_is_one_line_and_a_traceback_on_request(
         run_cli("inspect", "here", "--steps", 1)
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device", "out/x"), "OSError: No space left on device\n  path:     out/x"),
+        (MemoryError(), "The memory is not enough."),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), "CUDA out of memory"),
+    ],
+)
+def test_what_the_machine_lacks_is_no_bug(run_cli: Any, toy: Any, error: Exception, words: str) -> None:
+    def main(args: ToyArguments) -> CommandResult:
+        raise error
+
+    toy(main)
+    outcome = run_cli("inspect", "here", "--steps", 1)
+    assert outcome.code == 2
+    assert words in outcome.stderr and "report" not in outcome.stderr
+
+
 def test_interruption_of_imports_leaves_no_traceback() -> None:
     code = (
         "import sys\n"

@@ -188,6 +188,7 @@ def test_a_report_can_be_inspected(tmp_path: Path, run_cli: Any) -> None:
 
 def test_paths_devices_and_dtypes_that_do_not_exist_are_said_so(tmp_path: Path, run_cli: Any) -> None:
     generate = ["generate", "--mapper", "./nope", "--adapters", "x", "--output_dir", "o"]
+    evaluate = ["--mapper", "m", "--dataset", "d", "--clients", "c", "--output_dir", "o"]
     write_text_atomic(tmp_path / "file.md", "text")
     for arguments, words in (
         (["inspect", "./nope"], "Neither a folder nor"),
@@ -196,6 +197,9 @@ def test_paths_devices_and_dtypes_that_do_not_exist_are_said_so(tmp_path: Path, 
         (generate, "Neither a folder nor"),
         ([*generate, "--dtype", "foo"], "no such dtype"),
         ([*generate, "--device", "foo"], "no such device"),
+        ([*generate, "--device", "cuda"], "This machine has no such device"),
+        (["shadow", "nope", "--device", "cuda:3"], "This machine has no such device"),
+        (["evaluate", *evaluate, "--dtype", "int8"], "no such dtype"),
     ):
         outcome = run_cli(*arguments)
         assert outcome.code == 2, outcome.stderr

@@ -6,6 +6,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from ..wording import BAR_FORMAT
 
@@ -16,11 +17,15 @@ class TrainingProgress(ProgressCallback):
     def __init__(self) -> None:
         super().__init__()
         self._figures: dict[str, str] = {}
+        self._other_bars = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.current_step = state.global_step
+        # transformers shows one of its own for each checkpoint that is written.
+        self._other_bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
         if state.is_world_process_zero:
             self.training_bar = tqdm(
                 total=state.max_steps,
@@ -29,6 +34,14 @@ class TrainingProgress(ProgressCallback):
                 dynamic_ncols=True,
                 bar_format=BAR_FORMAT,
             )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.training_bar is not None:
+            figures = [f"step {state.global_step} of {state.max_steps}", *self._figures.values()]
+            self.training_bar.set_postfix_str(", ".join(figures), refresh=False)
+        super().on_step_end(args, state, control, **kwargs)
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -46,6 +59,10 @@ class TrainingProgress(ProgressCallback):
         for name, label in (("loss", "loss"), ("eval_r2", "validation R²")):
             if logs and name in logs:
                 self._figures[label] = f"{label} {float(logs[name]):.3f}"
-        if self.training_bar is not None and self._figures:
-            figures = [f"step {state.global_step} of {state.max_steps}", *self._figures.values()]
-            self.training_bar.set_postfix_str(", ".join(figures))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_end(args, state, control, **kwargs)
+        if self._other_bars:
+            logging.enable_progress_bar()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from transformers import TrainingArguments
 
 from .arguments import TrainingOptions
@@ -12,3 +13,8 @@ from .arguments import TrainingOptions
 @dataclass
 class GradTransformerTrainingArguments(TrainingOptions, TrainingArguments):
     """transformers' `TrainingArguments` with defaults for mappers, and what is particular to pairs of deltas."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Elsewhere torch warns that there is nothing to pin for.
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
