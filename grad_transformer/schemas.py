@@ -63,6 +63,14 @@ class OriginRecord(TypedDict):
 
 
 @_open
+class PullRecord(OriginRecord):
+    """What `pull` remembers, in the user's own cache, of a folder that it wrote."""
+
+    folder: str
+    files: dict[str, Digest]
+
+
+@_open
 class AdapterConfigRecord(TypedDict):
     """`adapter_config.json`. What peft's other fields may hold is decided by `LoraLayout`."""
 
@@ -147,27 +155,6 @@ class AdapterMetadataRecord(TypedDict):
     num_examples: NotRequired[Count | None]
     generated: NotRequired[GeneratedRecord]
     differential_privacy: NotRequired[Object | None]
-
-
-# A private fine-tune's checkpoints, which never leave
-
-
-@_open
-class PrivateRunRecord(TypedDict):
-    """`run.json`: whose checkpoints lie beside it."""
-
-    key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    identity: dict[str, Digest]
-    spent_before: dict[Name, tuple[Annotated[Number, Field(ge=0)], Share]]
-    delivered_steps: Count
-
-
-@_open
-class PrivateCheckpointRecord(TypedDict):
-    """`privacy_accounting.json`: noise multiplier, sampling rate and steps so far; the size of every other file."""
-
-    history: list[tuple[Annotated[Number, Field(ge=0)], Share, Positive]]
-    sizes: dict[Name, Count]
 
 
 # Shadow plans, runs and delta datasets
@@ -373,6 +360,17 @@ class AccountingRecord(TypedDict):
     """Noise, sampling rate and steps of each stretch of a private fine-tune, beside its checkpoint."""
 
     history: list[Annotated[list[Number], Field(min_length=3, max_length=3)]]
+    sizes: dict[str, Count]
+
+
+@_open
+class PrivateRunRecord(TypedDict):
+    """`run.json` of a private fine-tune's checkpoints: whose they are, by keyed hashes."""
+
+    key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    identity: dict[str, Digest]
+    spent_before: dict[str, Annotated[list[Number], Field(min_length=2, max_length=2)]]
+    delivered_steps: Count
 
 
 @_open
