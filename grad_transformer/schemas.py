@@ -155,27 +155,6 @@ class AdapterMetadataRecord(TypedDict):
     differential_privacy: NotRequired[Object | None]
 
 
-# A private fine-tune's checkpoints, which never leave
-
-
-@_open
-class PrivateRunRecord(TypedDict):
-    """`run.json`: whose checkpoints lie beside it."""
-
-    key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    identity: dict[str, Digest]
-    spent_before: dict[Name, tuple[Annotated[Number, Field(ge=0)], Share]]
-    delivered_steps: Count
-
-
-@_open
-class PrivateCheckpointRecord(TypedDict):
-    """`privacy_accounting.json`: noise multiplier, sampling rate and steps so far; the size of every other file."""
-
-    history: list[tuple[Annotated[Number, Field(ge=0)], Share, Positive]]
-    sizes: dict[Name, Count]
-
-
 # Shadow plans, runs and delta datasets
 
 

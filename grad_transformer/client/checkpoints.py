@@ -13,16 +13,38 @@ import secrets
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, with_config
+from typing_extensions import TypedDict
 
 from ..constants import FORMAT_VERSION
 from ..errors import IncompleteArtifactError, UsageError
 from ..files import read_record, write_json_atomic
-from ..schemas import PrivateCheckpointRecord, PrivateRunRecord
+from ..schemas import Count, Number
 
 
 RUN_NAME = "run.json"
 MANIFEST_NAME = "privacy_accounting.json"
+
+
+@with_config(ConfigDict(extra="allow"))
+class _RunRecord(TypedDict):
+    """`run.json`: whose checkpoints lie beside it."""
+
+    key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    identity: dict[str, str]
+    spent_before: dict[str, Annotated[list[Number], Field(min_length=2, max_length=2)]]
+    delivered_steps: Count
+
+
+@with_config(ConfigDict(extra="allow"))
+class _ManifestRecord(TypedDict):
+    """`privacy_accounting.json`: noise multiplier, sampling rate and steps so far; the size of every other file."""
+
+    history: list[Annotated[list[Number], Field(min_length=3, max_length=3)]]
+    sizes: dict[str, Count]
+
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -65,15 +87,15 @@ def claim_folder(
                 remedy="choose an empty folder",
             )
         key = secrets.token_hex(32)
-        new: PrivateRunRecord = {
+        new: _RunRecord = {
             "key": key,
             "identity": _keyed(identity, key),
-            "spent_before": {place: spent},
+            "spent_before": {place: [*spent]},
             "delivered_steps": 0,
         }
         write_json_atomic(path, {"format_version": FORMAT_VERSION, **new})
         return spent
-    run = read_record(path, PrivateRunRecord)
+    run = read_record(path, _RunRecord)
     expected = _keyed(identity, run["key"])
     differing = sorted(name for name in expected if run["identity"].get(name) != expected[name])
     if differing:
@@ -95,15 +117,16 @@ def claim_folder(
         )
     before = run["spent_before"]
     if place not in before:
-        before[place] = spent
+        before[place] = [*spent]
         write_json_atomic(path, dict(run))
-    return before[place]
+    epsilon, delta = before[place]
+    return epsilon, delta
 
 
 def record_delivery(folder: str | Path, steps: int) -> None:
     """Say in a claimed folder that an adapter leaves after so many steps, before it does."""
     path = Path(folder) / RUN_NAME
-    write_json_atomic(path, {**read_record(path, PrivateRunRecord), "delivered_steps": steps})
+    write_json_atomic(path, {**read_record(path, _RunRecord), "delivered_steps": steps})
 
 
 def write_manifest(checkpoint: str | Path, history: Iterable[Iterable[float]]) -> None:
@@ -121,14 +144,14 @@ def read_history(checkpoint: str | Path) -> list[tuple[float, float, int]]:
         [`IncompleteArtifactError`]: the checkpoint is not whole, or does not say it.
     """
     path = Path(checkpoint) / MANIFEST_NAME
-    manifest = read_record(path, PrivateCheckpointRecord)
+    manifest = read_record(path, _ManifestRecord)
     for name, size in manifest["sizes"].items():
         found = (path.parent / name).stat().st_size if (path.parent / name).is_file() else "no file"
         if found != size:
             raise IncompleteArtifactError(
                 "The checkpoint is not whole.", path=path.parent / name, expected=f"{size} bytes", found=found
             )
-    return manifest["history"]
+    return [(noise, rate, int(steps)) for noise, rate, steps in manifest["history"]]
 
 
 def last_whole(folder: str | Path) -> str | None:

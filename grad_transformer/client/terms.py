@@ -20,7 +20,7 @@ from .arguments import NoisePlan, PrivacyArguments
 logger = logging.get_logger(__name__)
 
 # Recipes beyond these are refused, whoever accepts them.
-_HARD_LIMITS = {"max_steps": 10**6, "rows_per_step": 2**16, "learning_rate": 10.0, "max_length": 2**20}
+_HARD_LIMITS = {"max_steps": 100_000, "rows_per_step": 2**14, "learning_rate": 10.0, "max_length": 2**17}
 # Beyond these they have to be accepted: field, limit, code.
 _USUAL_LIMITS = (
     ("max_steps", 20_000, "many_steps"),

@@ -135,7 +135,9 @@ def test_the_loss_of_an_example_does_not_depend_on_the_others(model):
 
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
 def test_noise_has_its_nominal_variance_also_on_an_empty_batch(model, tmp_path, mode):
-    privacy = PrivacyArguments(delta=1e-5, noise_multiplier=1.7, max_grad_norm=0.3, batch_size=8, gradients=mode)
+    privacy = PrivacyArguments(
+        delta=1e-5, noise_multiplier=1.7, max_grad_norm=0.3, batch_size=8, gradients=mode, known_seed=0
+    )
     trainer = make_trainer(model, tmp_path / "t", privacy=privacy)
     trainer._clipping = PerExampleClipping(model, mode=mode, max_grad_norm=0.3)
     optimizer = trainer.create_optimizer()
@@ -510,5 +512,7 @@ def test_the_command_says_epsilon_and_refuses_half_a_budget(client, tmp_path, ru
     assert run_cli(*common, "--dp_epsilon", 6).json["error"] == "UsageError"
     assert run_cli(*common, "--dp_delta", 1e-3).json["error"] == "UsageError"
     stopping = ("--early_stopping_patience", 1, "--eval_data", data)
-    refused = run_cli(*common, "--dp_epsilon", 6, "--dp_delta", 1e-3, "--dp_accountant", "rdp", *stopping)
+    refused = run_cli(
+        *common, "--dp_epsilon", 6, "--dp_delta", 1e-3, "--dp_accountant", "rdp", "--accept_recipe", *stopping
+    )
     assert refused.json["error"] == "UsageError" and "Early stopping" in refused.json["message"]

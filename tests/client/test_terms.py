@@ -71,9 +71,11 @@ def test_batches_of_all_rows_and_spent_budget_are_unusual() -> None:
     assert spent.unusual == ("spent_before",) and "in total (2.997, 2e-05)" in spent.text()
 
 
-@pytest.mark.parametrize("changes", [{"max_steps": 10**7}, {"learning_rate": 1e6}, {"max_length": 10**9}])
+@pytest.mark.parametrize(
+    "changes", [{"max_steps": 10**7}, {"max_steps": 200_000}, {"learning_rate": 50.0}, {"max_length": 10**9}]
+)
 def test_a_recipe_that_exhausts_a_client_is_refused_whoever_accepts_it(changes: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match="beyond what a client runs"):
+    with pytest.raises(RecipeError):
         terms(RECIPE.replace(**changes))
 
 
