@@ -23,7 +23,7 @@ from transformers.utils import logging
 from ..adapters import LoraAdapter, create_root
 from ..adapters.io import read_json, write_json_atomic, write_text_atomic
 from ..client import finetune_client
-from ..constants import ADAPTER_CONFIG_NAME, FORMAT_VERSION
+from ..constants import ADAPTER_CONFIG_NAME, FORMAT_VERSION, HELDOUT_NAME, TRAINING_LOG_NAME
 from ..errors import UsageError
 from ..evaluation.clients import ClientCase
 from ..evaluation.records import METHODS, Report
@@ -39,8 +39,8 @@ from ..shadow.run import root_folder
 from ..tokenization_lora_delta import LoraDeltaTokenizer
 from ..training import GradTransformerTrainingArguments, MapperArguments
 from ._common import CommandParser, CommandResult
+from ._training import train
 from .evaluate import make_report, make_scorer, refined_methods
-from .train import HELDOUT_NAME, TRAINING_LOG_NAME, train
 
 
 logger = logging.get_logger(__name__)
