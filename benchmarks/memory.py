@@ -34,7 +34,7 @@ from benchmarks.lab import markdown
 from grad_transformer import Root, create_root
 from grad_transformer.finetuning import FineTuningRecipe
 from grad_transformer.finetuning.sft import SftResult
-from grad_transformer.scripts.train import train
+from grad_transformer.scripts._training import train
 from grad_transformer.shadow import build_delta_dataset, load_delta_dataset, plan_shadows
 from grad_transformer.shadow.records import write_run
 from grad_transformer.training import (

@@ -34,7 +34,7 @@ from grad_transformer.refinement import (
     refine,
     shadow_annotators,
 )
-from grad_transformer.scripts.train import train
+from grad_transformer.scripts._training import train
 from grad_transformer.training import GradTransformerTrainingArguments, MapperArguments
 
 

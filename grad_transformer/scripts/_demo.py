@@ -30,8 +30,8 @@ from ..shadow.progress import RunBar
 from ..shadow.run import root_folder
 from ..tokenization_lora_delta import LoraDeltaTokenizer
 from ..training import GradTransformerTrainingArguments, MapperArguments
+from ._training import train
 from .evaluate import make_report, make_scorer, refined_methods
-from .train import train
 
 
 logger = logging.get_logger(__name__)

@@ -9,6 +9,7 @@ from ..lazy import lazy_names
 if TYPE_CHECKING:
     from .arguments import MapperArguments
     from .heldout import HeldoutMetrics, evaluate_heldout
+    from .identity import TrainingIdentity, remove_training
     from .pairs import DeltaPairCollator, DeltaPairRows
     from .trainer import GradTransformerTrainer, build_mapper, train_mapper
     from .trainer_arguments import GradTransformerTrainingArguments
@@ -19,6 +20,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "arguments": ("MapperArguments",),
         "heldout": ("HeldoutMetrics", "evaluate_heldout"),
+        "identity": ("TrainingIdentity", "remove_training"),
         "pairs": ("DeltaPairCollator", "DeltaPairRows"),
         "trainer": ("GradTransformerTrainer", "build_mapper", "train_mapper"),
         "trainer_arguments": ("GradTransformerTrainingArguments",),

@@ -17,8 +17,9 @@ from grad_transformer import GradTransformer, Root
 from grad_transformer.errors import DeltaDatasetError, OutputError, UsageError
 from grad_transformer.locks import sole_writer
 from grad_transformer.refinement import fit_candidates
+from grad_transformer.scripts._training import train
 from grad_transformer.scripts.evaluate import heldout_split
-from grad_transformer.scripts.train import train, verdict
+from grad_transformer.scripts.train import verdict
 from grad_transformer.shadow import check_dataset_of, load_delta_dataset
 from grad_transformer.training import GradTransformerTrainingArguments, MapperArguments
 from grad_transformer.training.checkpoints import is_whole, last_whole_checkpoint
