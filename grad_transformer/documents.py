@@ -176,7 +176,7 @@ def check_schema(data: Any, schema: type[T]) -> T:
     Raises:
         [`DocumentError`]: names the first field that is missing, of another type, or out of its range.
     """
-    adapter = _adapter(schema)
+    adapter = _adapter(cast(Any, schema))
     try:
         if dataclasses.is_dataclass(schema):
             # Strict dataclasses are built from JSON alone, where a list may stand for a tuple.
@@ -257,9 +257,10 @@ def _build(events: Iterator[Any], max_nodes: int) -> Any:
             container[key] = value
             open_[-1] = (container, None)
 
+    event: Any
     for event in events:
         if isinstance(event, yaml.AliasEvent):
-            raise DocumentError(f"it uses the alias *{event.anchor[:40]}: write the value out")
+            raise DocumentError(f"it uses the alias *{str(event.anchor)[:40]}: write the value out")
         if isinstance(event, yaml.DocumentStartEvent) and document:
             raise DocumentError("it holds more than one document")
         if isinstance(event, yaml.CollectionEndEvent):

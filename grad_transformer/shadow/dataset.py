@@ -214,7 +214,7 @@ def load_delta_dataset(
         patterns = tuple(pattern for pattern in patterns if not pattern.endswith(".parquet"))
     fetched = fetch(name_or_path, allow_patterns=patterns, repo_type="dataset", revision=revision, **hub_kwargs)
     folder = fetched.folder
-    manifest = dict(read_record(folder / DELTA_DATASET_NAME, DeltaDatasetRecord))
+    manifest: dict[str, Any] = dict(read_record(folder / DELTA_DATASET_NAME, DeltaDatasetRecord))
     if streaming:
         dataset = DeltaDataset({}, manifest, folder, fetched.origin)
         schema = schema_of({role: dataset.layout(role) for role in ROLES})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, ConfigDict, Field, with_config
 from typing_extensions import NotRequired, TypedDict
@@ -195,9 +195,7 @@ def check_study(spec: StudySpec) -> StudySpec:
     for role in ("tinylms", "llms"):
         check_record(data[role], dict[str, kind], error=UsageError)  # type: ignore[valid-type]
     for own in ("tinylm_recipe", "llm_recipe"):
-        FineTuningRecipe.from_dict(
-            {**study["recipe"], **study[own], "snapshot_last": study["shadows"]["checkpoints"]}  # type: ignore[literal-required]
-        )
+        FineTuningRecipe.from_dict({**study["recipe"], **study[own], "snapshot_last": study["shadows"]["checkpoints"]})
     _check_arguments("mapper", study["mapper"], MapperArguments)
     _check_arguments("refinement", study["refinement"], RefinementArguments)
     shadows = study["shadows"]
@@ -208,7 +206,7 @@ def check_study(spec: StudySpec) -> StudySpec:
             expected="held-out fractions below 1 together, and pairs_per_run up to checkpoints",
             found=f"{held_out}, {shadows['pairs_per_run']} of {shadows['checkpoints']}",
         )
-    return StudySpec(**study)
+    return StudySpec(**cast(dict[str, Any], study))
 
 
 def _check_arguments(name: str, given: Mapping[str, Any], kind: type) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.fuzz.artifacts import make_tokenizer, write_client
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from benchmarks.fuzz.artifacts import make_tokenizer, write_client
 from grad_transformer import LoraAdapter, LoraLayout
 from grad_transformer.adapters.header import HeaderError, parse_header
 from grad_transformer.adapters.io import member, read_header
