@@ -270,8 +270,9 @@ def _build(events: Iterator[Any], max_nodes: int) -> Any:
         count += 1
         if count > max_nodes or len(open_) > MAX_DEPTH:
             raise DocumentError(f"it has more than {max_nodes:,} values, or more than {MAX_DEPTH} levels")
-        if event.anchor is not None or event.tag not in (None, "!", f"{_TAG}str"):
-            raise DocumentError(f"it uses the anchor or tag {str(event.anchor or event.tag)[:40]!r}")
+        tag = getattr(event, "tag", None)
+        if event.anchor is not None or tag not in (None, "!", f"{_TAG}str"):
+            raise DocumentError(f"it uses the anchor or tag {str(event.anchor or tag)[:40]!r}")
         if isinstance(event, yaml.ScalarEvent):
             is_key = isinstance(open_[-1][0], dict) and open_[-1][1] is None
             add(_Scalar(event.value) if is_key else _scalar(event))
