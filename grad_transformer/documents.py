@@ -257,6 +257,7 @@ def _build(events: Iterator[Any], max_nodes: int) -> Any:
             container[key] = value
             open_[-1] = (container, None)
 
+    event: Any
     for event in events:
         if isinstance(event, yaml.AliasEvent):
             raise DocumentError(f"it uses the alias *{str(event.anchor)[:40]}: write the value out")

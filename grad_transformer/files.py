@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from .constants import FORMAT_VERSION
 from .documents import MAX_NODES, DocumentError, check_schema, parse_json, parse_yaml
 from .errors import FormatVersionError, GradTransformerError, IncompleteArtifactError, UsageError
+from .schemas import FILES, Object
 
 
 T = TypeVar("T")
@@ -86,6 +87,16 @@ def read_record(
     return parse_record(
         _read_bytes(Path(path), max_bytes, error=error), schema, path=path, error=error, max_nodes=max_nodes
     )
+
+
+def read_json(
+    path: str | Path,
+    *,
+    error: type[GradTransformerError] = IncompleteArtifactError,
+    max_bytes: int = MAX_JSON_BYTES,
+) -> dict[str, Any]:
+    """[`read_record`] with the schema that `schemas.FILES` has for the file's name; of other names, any object."""
+    return dict(read_record(path, FILES.get(Path(path).name, Object), error=error, max_bytes=max_bytes))
 
 
 def parse_record(
@@ -172,13 +183,3 @@ def _read_bytes(path: Path, max_bytes: int, *, error: type[GradTransformerError]
         if isinstance(cause, GradTransformerError):
             raise
         raise error("This is no path of a file.", path=repr(path)[:200], found=cause) from cause
-
-
-def read_json(
-    path: str | Path,
-    *,
-    error: type[GradTransformerError] = IncompleteArtifactError,
-    max_bytes: int = MAX_JSON_BYTES,
-) -> dict[str, Any]:
-    """A JSON object of which nothing is asked; readers give way to [`read_record`] one by one."""
-    return read_record(path, dict[str, Any], error=error, max_bytes=max_bytes)

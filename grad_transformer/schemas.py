@@ -406,6 +406,15 @@ class WeakLabelsRecord(TypedDict):
     labels: NotRequired[list[str]]
 
 
+@_open
+class TrainerStateRecord(TypedDict):
+    """`trainer_state.json` of transformers, in a checkpoint."""
+
+    global_step: Count
+    max_steps: NotRequired[int]
+    log_history: NotRequired[list[Object]]
+
+
 # What people write
 
 
@@ -425,7 +434,7 @@ ClientList = Annotated[list[ClientEntry], Field(min_length=1, max_length=10_000)
 CommandConfig = dict[str, Any]
 
 
-# What lies in repositories, by file name: everything that a push reads or a card is made from.
+# By file name, for those who read whatever lies in a folder: pushes, cards, `inspect`.
 FILES: dict[str, Any] = {
     ADAPTER_CONFIG_NAME: AdapterConfigRecord,
     ADAPTER_METADATA_NAME: AdapterMetadataRecord,
@@ -440,4 +449,8 @@ FILES: dict[str, Any] = {
     TRAINING_LOG_NAME: TrainingLogRecord,
     SHIFT_NAME: ShiftRecord,
     ORIGIN_NAME: OriginRecord,
+    "trainer_state.json": TrainerStateRecord,
+    "base.json": LabBaseRecord,
+    "demo.json": DemoRecord,
+    "stage.json": StageRecord,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, ConfigDict, Field, with_config
 from typing_extensions import NotRequired, TypedDict
@@ -206,8 +206,7 @@ def check_study(spec: StudySpec) -> StudySpec:
             expected="held-out fractions below 1 together, and pairs_per_run up to checkpoints",
             found=f"{held_out}, {shadows['pairs_per_run']} of {shadows['checkpoints']}",
         )
-    fields_of_study: dict[str, Any] = dict(study)
-    return StudySpec(**fields_of_study)
+    return StudySpec(**cast(dict[str, Any], study))
 
 
 def _check_arguments(name: str, given: Mapping[str, Any], kind: type) -> None:
