@@ -73,7 +73,7 @@ def _deciding(recipe: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: recipe.get(name) for name in _DECIDING}
     sizes = recipe.get("per_device_batch_size"), recipe.get("gradient_accumulation_steps", 1)
     if all(isinstance(size, int) for size in sizes):
-        values["rows_per_step"] = math.prod(sizes)  # type: ignore[arg-type]
+        values["rows_per_step"] = math.prod(sizes)
     return values
 
 
