@@ -409,7 +409,7 @@ class GradTransformer(MapperFiles, PreTrainedModel):
             delta_P = predict(delta_P[None])[0]
         adapter = target_tokenizer.decode_delta(delta_P)
         _check_finite(adapter)
-        shifts = [check.shift for check in checks]
+        shifts = [check.shift.to_dict() for check in checks if check.shift is not None]
         adapter.metadata["generated"] = {
             "source_base_model": self.config.source_base_model,
             "mapper": None if self.origin is None else self.origin.to_dict(),
@@ -417,7 +417,7 @@ class GradTransformer(MapperFiles, PreTrainedModel):
             "num_counted": len(counted),
             "clients": [public_identity(client) for client, _ in checked],
             "checks": [check.to_dict() for check in checks],
-            "shift": None if None in shifts else [shift.to_dict() for shift in shifts if shift is not None],
+            "shift": shifts or None,
             "order": order,
             **facts,
         }

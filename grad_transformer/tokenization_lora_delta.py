@@ -35,6 +35,8 @@ Scale = Literal["none", "global", "block"]
 
 # A delta that is so many times longer than the usual one is refused unread by the mapper.
 MAXIMUM_NORM_RATIO = 30.0
+# The same of one block, where the usual length of each is known.
+MAXIMUM_BLOCK_RATIO = 10.0
 
 
 class LoraDeltaTokenizer:
@@ -199,21 +201,23 @@ class LoraDeltaTokenizer:
         return adapter, delta_P
 
     def _check_norm(self, delta_P: torch.Tensor, path: str | None) -> None:
-        """Refuse a delta far longer than any that training showed; NaN and infinity fail every comparison."""
-        usual = float(self._root_P.norm())
+        """Refuse a delta or block far longer than any that training showed; NaN and infinity fail every comparison."""
+        usual, longest = float(self._root_P.norm()), 0.0
         if self.scale_L is not None and self.scale != "none":
-            widths_L = torch.tensor(self.layout.widths, dtype=torch.float64)
-            square = float((self.scale_L.double().square() * widths_L).sum())
+            squares_L = self.scale_L.double().square() * torch.tensor(self.layout.widths)
             if self.center and self.mean_P is not None:
-                square += float(self.mean_P.double().square().sum())
-            usual = square**0.5
+                squares_L += _block_squares(self.mean_P, self.layout)
+            usual = float(squares_L.sum()) ** 0.5
+            if self.scale == "block":
+                longest = float((_block_squares(delta_P, self.layout) / squares_L).max()) ** 0.5
         norm, limit = float(delta_P.norm()), MAXIMUM_NORM_RATIO * usual
-        if not norm <= limit:
+        if not (norm <= limit and longest <= MAXIMUM_BLOCK_RATIO):
             raise AdapterFormatError(
                 "The adapter is absurdly far from its root.",
                 path=path,
-                expected=f"a delta of norm up to {limit:.4g}, {MAXIMUM_NORM_RATIO:g} times the usual one",
-                found=f"norm {norm:.4g}",
+                expected=f"a delta of norm up to {limit:.4g}, {MAXIMUM_NORM_RATIO:g} times the usual one, and blocks "
+                f"up to {MAXIMUM_BLOCK_RATIO:g} times",
+                found=f"norm {norm:.4g}, the longest block {longest:.4g} times its usual norm",
                 remedy="the fine-tune diverged, or the adapter was scaled: fine-tune again with the mapper's recipe",
             )
 
@@ -430,3 +434,7 @@ class LoraDeltaTokenizer:
             "fitted": self.mean_P is not None,
         }
         return f"{type(self).__name__} {json.dumps(facts)}"
+
+
+def _block_squares(delta_P: torch.Tensor, layout: LoraLayout) -> torch.Tensor:
+    return torch.stack([part_W.double().square().sum() for part_W in delta_P.split(layout.widths)])

@@ -175,7 +175,7 @@ def test_generate_says_what_was_found_of_each_client(mapper, clients, tmp_path, 
     assert str(tmp_path) not in json.dumps(stored["checks"])
     shown = run_cli(*command[:4], *paths, paths[0], *command[9:]).stdout.splitlines()
     assert "1 of 6 adapters were sent before." in shown[0]
-    assert shown[1].startswith(f"  {paths[0]}: ") and "held-out shadow runs" in shown[1]
+    assert shown[1].startswith(f"  1. {paths[0]}: ") and "held-out shadow runs" in shown[1]
     assert "the same adapter as client 1" in shown[6]
     refused = run_cli(*command, "--json", "--max_shift", 0.01)
     assert refused.code == 2 and "too far" in refused.json["message"]

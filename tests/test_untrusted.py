@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from grad_transformer.evaluation.shift import ShiftReference
 from safetensors.torch import load_file, save_file
 
 from benchmarks.fuzz import artifacts
 from benchmarks.fuzz.kinds import KINDS
 from benchmarks.fuzz.runner import run_inputs
 from grad_transformer import GradTransformer, LoraDeltaTokenizer
+from grad_transformer.adapters import ShiftReference
 from grad_transformer.errors import (
     AdapterFormatError,
     DeltaDatasetError,
@@ -180,7 +180,8 @@ def test_a_tokenizers_config_is_strict(mapper: Path, change: dict[str, Any]) -> 
 
 
 def test_a_shift_reference_fits_together(mapper: Path) -> None:
-    assert ShiftReference.from_folder(mapper) is not None
+    layout = LoraDeltaTokenizer.from_pretrained(mapper, subfolder="source").layout
+    assert ShiftReference.from_folder(mapper, layout) is not None
     path = mapper / "shift.safetensors"
     tensors = load_file(path)
     for name, value in (
@@ -191,7 +192,7 @@ def test_a_shift_reference_fits_together(mapper: Path) -> None:
     ):
         save_file({**tensors, name: value.contiguous()}, path)
         with pytest.raises(IncompleteArtifactError):
-            ShiftReference.from_folder(mapper)
+            ShiftReference.from_folder(mapper, layout)
 
 
 def test_an_adapter_that_is_not_finite_is_never_made() -> None:

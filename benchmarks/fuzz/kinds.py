@@ -19,7 +19,6 @@ import datasets
 import yaml
 
 from grad_transformer import GradTransformer, LoraAdapter
-from grad_transformer.adapters import ShiftReference
 from grad_transformer.adapters.privacy import statement_of
 from grad_transformer.constants import DELTA_DATASET_NAME
 from grad_transformer.evaluation.report import read_report
@@ -78,9 +77,8 @@ class Mappers(Kind):
         def as_generate() -> None:
             mapper = GradTransformer.from_pretrained(folder)
             mapper.generate_adapter(self.client)
-            shift = ShiftReference.from_folder(folder)
-            if shift is not None:
-                shift.measure(mapper.tokenizers()[0].delta(self.client)[None])
+            if mapper.shift_reference is not None:
+                mapper.shift_reference.measure(mapper.tokenizers()[0].delta(self.client)[None])
 
         return [as_generate, inspecting(folder), pushing(folder)]
 

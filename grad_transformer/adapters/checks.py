@@ -51,6 +51,8 @@ class ClientCheck:
 
     def describe(self) -> str:
         """One line in words."""
+        if self.duplicate_of is not None:
+            return f"the same adapter as client {self.duplicate_of + 1}"
         words = [
             "distance from the shadows and norms by block not checked: the mapper was saved without a record of its "
             "shadows"
@@ -63,8 +65,6 @@ class ClientCheck:
             words.append(f"another recipe ({'; '.join(self.recipe_differences)})")
         else:
             words.append("the mapper's recipe")
-        if self.duplicate_of is not None:
-            words.insert(0, f"the same adapter as client {self.duplicate_of + 1}")
         return "; ".join(words)
 
 

@@ -30,6 +30,8 @@ MINIMUM_SHADOWS = 4
 ENERGY = 0.95
 MAX_DIRECTIONS = 64
 QUANTILE = 0.95
+# Of fewer held-out runs, one in twenty is less than one.
+FEW_RUNS = 20
 # Of more training deltas, this many at even spacing give the directions; all of them give everything else.
 MAX_ROWS = 4096
 _CHUNK_ROWS = 64
@@ -81,6 +83,8 @@ class ShiftReport:
     def place(self) -> str:
         """How far it lies from the shadows, in words."""
         if self.quantile >= 1 and self.shift > 1:
+            if self.num_heldout < FEW_RUNS:
+                return f"farther from the shadows than all {self.num_heldout} held-out runs: the result may be a guess"
             return "farther from the shadows than any held-out run: the result is a guess"
         if self.shift > 1:
             return f"farther from the shadows than {self.quantile:.0%} of held-out runs: the result is doubtful"
@@ -311,6 +315,7 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor], layout: LoraLayout) -> N
         expected = [numbers.setdefault(letter, size) for letter, size in zip(shapes[name], tensor.shape, strict=False)]
         fits &= list(tensor.shape) == expected and len(expected) == len(shapes[name]) and tensor.numel() > 0
         fits = bool(fits and tensor.is_floating_point() and torch.isfinite(tensor).all())
+    fits = bool(fits and (tensors["deviations"] > 0).all())
     if not fits:
         raise IncompleteArtifactError(
             "Not a record of shadow deltas.",

@@ -185,7 +185,7 @@ def main(args: GenerateArguments, refinement: RefinementFlags, columns: RowFlags
         "delta_norm": norm,
         "seconds": seconds,
     }
-    lines = [data["verdict"], *(f"  {name}: {check.describe()}" for name, check in named)]
+    lines = [data["verdict"], *(f"  {n}. {name}: {check.describe()}" for n, (name, check) in enumerate(named, 1))]
     lines += [describe_refinement(facts) for facts in refined]
     if data["privacy"] is not None:
         lines.append(f"Privacy: {data['privacy']['statement']}")

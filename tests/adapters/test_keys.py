@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.fuzz_adapters import make_tokenizer, write_valid
 from safetensors.torch import load_file, save_file
 
+from benchmarks.fuzz.artifacts import make_tokenizer, write_client
 from grad_transformer import LoraAdapter
 from grad_transformer.adapters.keys import canonical_keys
 from grad_transformer.adapters.layout import LoraLayout
@@ -24,7 +24,7 @@ BASE = "base_model.model."
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_valid(tmp_path / "bank", TOKENIZER)
+    write_client(tmp_path / "bank", TOKENIZER)
     return tmp_path / "bank"
 
 

@@ -185,10 +185,11 @@ def test_files_that_hold_something_else_are_refused(reference, tmp_path, broken)
 
 
 def test_words_follow_from_the_numbers():
-    def words(shift: float, quantile: float, size: float = 1.0) -> str:
-        return shift_module.ShiftReport(shift, quantile, 1.0, 1.0, 20, size, 2.5, "B of layers.0").describe()
+    def words(shift: float, quantile: float, size: float = 1.0, runs: int = 20) -> str:
+        return shift_module.ShiftReport(shift, quantile, 1.0, 1.0, runs, size, 2.5, "B of layers.0").describe()
 
     assert words(0.3, 0.05).startswith("closer to the shadows than 95% of held-out runs; norms as usual")
     assert "farther from the shadows than 97% of held-out runs: the result is doubtful" in words(1.1, 0.97)
     assert "farther from the shadows than any held-out run: the result is a guess" in words(1.5, 1.0)
+    assert "farther from the shadows than all 2 held-out runs: the result may be a guess" in words(1.5, 1.0, runs=2)
     assert "B of layers.0 is 2.5 times its usual norm" in words(0.3, 0.05, 1.4)

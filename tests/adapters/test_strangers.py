@@ -167,6 +167,23 @@ def test_the_norm_limit_follows_the_training_deltas_where_they_are_known(tokeniz
         tokenizer.delta(far)
 
 
+def test_a_block_that_alone_is_too_long_is_refused_where_lengths_of_blocks_are_known(tokenizer):
+    generator = torch.Generator().manual_seed(0)
+    shadows_NP = torch.randn(8, tokenizer.layout.numel, generator=generator) * 1e-3
+    root_P = tokenizer.root.adapter.flat()
+    sent_P = shadows_NP[0].clone()
+    sent_P[: tokenizer.layout.widths[0]] *= 14
+    sent = tokenizer.root.adapter.with_values(root_P + sent_P)
+    for center in (False, True):
+        tokenizer.center, tokenizer.scale = center, "global"
+        tokenizer.fit([shadows_NP]).delta(sent)
+        tokenizer.scale = "block"
+        with pytest.raises(AdapterFormatError, match="absurdly far") as caught:
+            tokenizer.fit([shadows_NP]).delta(sent)
+        assert "the longest block 1" in str(caught.value.found)
+        tokenizer.delta(tokenizer.root.adapter.with_values(root_P + shadows_NP[1]))
+
+
 def test_a_header_whose_tensors_overlap_or_leave_gaps_is_refused(folder):
     path = folder / "adapter_model.safetensors"
     content = path.read_bytes()
