@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..constants import CARD_NAME, ORIGIN_NAME, REPORT_FOLDER
+from ..constants import CARD_NAME, FIGURES, ORIGIN_NAME, REPORT_FOLDER, REPORT_NAME
 from ..errors import IncompleteArtifactError, UsageError
 from ..files import atomic_write, read_record, write_json_atomic
 from ..schemas import OriginRecord
@@ -71,10 +71,10 @@ def push_folder(
     if report is not None:
         if found.name != "mapper":
             raise UsageError("Only a mapper is published with a report.", path=folder, found=found.name)
+        if not set(report) <= {REPORT_NAME, *FIGURES}:
+            raise UsageError("The report has other files.", expected=(REPORT_NAME, *FIGURES), found=sorted(report))
         local |= {f"{REPORT_FOLDER}/{name}": content for name, content in report.items()}
     facts = public_files({name: content for name, content in local.items() if name != CARD_NAME})
-    unknown = [name for name in facts if not found.owns(name)]
-    assert not unknown, unknown
 
     def make_files(previous: bytes | None) -> dict[str, Path | bytes]:
         return {**facts, **card_files(found, facts, repo_id=repo_id, license=license, previous=previous)}

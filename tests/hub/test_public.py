@@ -22,7 +22,7 @@ from grad_transformer import push_folder
 from grad_transformer.adapters.statistics import BlockAgreement
 from grad_transformer.constants import FIGURES
 from grad_transformer.errors import IncompleteArtifactError, UsageError
-from grad_transformer.evaluation import figures, public
+from grad_transformer.evaluation import figures
 from grad_transformer.evaluation.public import public_report, without_names
 from grad_transformer.evaluation.records import ClientReport, HeldoutScores, Report
 from grad_transformer.evaluation.report import read_report, write_report
@@ -248,10 +248,12 @@ def test_a_report_with_names_is_refused_even_if_handed_over(hub, tmp_path):
     report = {"report.json": json.dumps(named_report().to_dict()).encode()}
     with pytest.raises(UsageError, match="names its clients"):
         push_folder(tmp_path / "mapper", "acme/mapper", report=report)
+    with pytest.raises(UsageError, match="other files"):
+        push_folder(tmp_path / "mapper", "acme/mapper", report={"../x.png": b""})
     adapter = client_adapter(tiny_roots(tmp_path / "more")[0]).save_pretrained(tmp_path / "adapter")
     with pytest.raises(UsageError, match="Only a mapper"):
         push_folder(adapter, "acme/adapter", report=report)
-    assert hub.requests("POST") == [] and public.public_report is public_report
+    assert hub.requests("POST") == []
 
 
 # Repositories and folders
