@@ -242,6 +242,15 @@ class DeltaDatasetRecord(TypedDict):
 
 
 @_open
+class LocalDatasetRecord(TypedDict):
+    """The delta dataset of a mapper, where it came from no repository."""
+
+    repo_id: NotRequired[None]
+    fingerprint: NotRequired[Digest]
+    plan_fingerprint: NotRequired[Digest]
+
+
+@_open
 class MapperConfigRecord(TypedDict):
     """`config.json` of a mapper. The backbone's own fields are checked by transformers, and against the weights."""
 
@@ -257,14 +266,17 @@ class MapperConfigRecord(TypedDict):
     source_base_revision: NotRequired[Name | None]
     target_base_model: NotRequired[Name | None]
     target_base_revision: NotRequired[Name | None]
-    delta_dataset: NotRequired[OriginRecord | None]
+    delta_dataset: NotRequired[OriginRecord | LocalDatasetRecord | None]
 
 
 @_open
 class ModelConfigRecord(TypedDict):
-    """`config.json` of any model, to tell a mapper from others."""
+    """`config.json` of any model, to tell a mapper from others, and what a card says of a mapper."""
 
     model_type: NotRequired[Name | None]
+    source_base_model: NotRequired[Name | None]
+    target_base_model: NotRequired[Name | None]
+    delta_dataset: NotRequired[OriginRecord | LocalDatasetRecord | None]
 
 
 @_open

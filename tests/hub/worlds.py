@@ -10,6 +10,7 @@ from transformers import T5Config
 
 from grad_transformer import GradTransformer, LoraAdapter, LoraDeltaTokenizer, Root
 from grad_transformer.files import write_json_atomic
+from tests import manifests
 from tests.worlds import moved, tiny_root
 
 
@@ -75,9 +76,10 @@ def delta_dataset(folder: Path, roots: tuple[Root, Root], *, runs: int = 6) -> P
         counts[split] = {"runs": count, "pairs": count}
     for role, root in sides.items():
         root.save_pretrained(folder / f"{role}_root")
-    write_json_atomic(folder / "plan.json", {"format_version": 1, "data": {"path": "/data/private/rows.jsonl"}})
+    write_json_atomic(folder / "plan.json", {**manifests.PLAN, "data": {"path": "/data/private/rows.jsonl"}})
     manifest = {
         "format_version": 1,
+        "plan_fingerprint": "p" * 64,
         "roots": {role: root.facts() for role, root in sides.items()},
         "recipes": {"source": {}, "target": {}},
         "layouts": {role: root.layout.to_dict() for role, root in sides.items()},

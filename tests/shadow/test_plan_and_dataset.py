@@ -173,7 +173,7 @@ def test_a_plan_is_never_overwritten_by_another(world: dict[str, Any], tmp_path:
     with pytest.raises(FormatVersionError):
         ShadowPlan.load(tmp_path)
     (tmp_path / "plan.json").write_text("{}")
-    with pytest.raises(PlanError, match="not a shadow plan"):
+    with pytest.raises(PlanError, match="format_version"):
         ShadowPlan.load(tmp_path)
 
 
