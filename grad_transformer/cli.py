@@ -149,8 +149,9 @@ Fine-tune small, in private; deploy large. Each command reads what the one befor
 
 {groups}
 
-Every command takes its arguments as flags or from a YAML file with the same names (flags win), prints its result on
-stdout (--json for machines) and messages on stderr, and exits with 2 if something in its input has to be mended.
+Every command takes its arguments as flags or from a YAML file with the same names (flags win),
+prints its result on stdout (--json for machines) and messages on stderr, and exits with 2 if
+something in its input has to be mended.
 
   -h, --help   this text; grad-transformer <command> --help explains one command
   --version    versions of this library and of those it stands on

@@ -103,3 +103,20 @@ def test_what_runs_leave(run_cli: Any, tmp_path: Path, name: str, manifest: dict
     outcome = run_cli("inspect", tmp_path)
     assert outcome.code == 0, outcome.stderr
     assert words in outcome.stdout
+
+
+@pytest.mark.parametrize("value", [10**400, -1, True, None, "x", [1], {"a": 1}])
+def test_manifests_that_make_no_sense_are_no_bugs(run_cli: Any, tmp_path: Path, value: Any) -> None:
+    heldout = {"r2": value, "r2_teacher_forced": value, "r2_ridge": value}
+    folders = {
+        "demo": {"demo.json": {"seconds": {"plan": value}, "preset": value}},
+        "study": {"study.json": {"experiments": value}},
+        "deltas": {"delta_dataset.json": {"splits": {"train": {"runs": value, "pairs": value}}, "roots": value}},
+        "plan": {"plan.json": {"runs": value, "source": value, "target": {"root": value}}},
+        "mapper": {"config.json": {"model_type": "grad_transformer"}, HELDOUT_NAME: heldout},
+        "model": {"config.json": {"model_type": value, "architectures": value}},
+    }
+    for name, files in folders.items():
+        for file, manifest in files.items():
+            write_json_atomic(tmp_path / name / file, manifest)
+        assert run_cli("inspect", tmp_path / name).code in (0, 2), name

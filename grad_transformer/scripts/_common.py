@@ -262,7 +262,13 @@ class _ConfigValueError(UsageError):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Docstrings as they are written; defaults, but no `(default: None)`."""
+    """Commands of a docstring as they are written, its sentences as wide as the terminal; no `(default: None)`."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.split("\n\n")
+        return "\n\n".join(
+            paragraph if "\n " in f"\n{paragraph}" else textwrap.fill(paragraph, width) for paragraph in paragraphs
+        )
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.required or not action.option_strings:

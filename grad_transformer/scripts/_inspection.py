@@ -22,6 +22,10 @@ from ..schemas import HeldoutRecord, RootRecord
 from ..wording import describe_seconds, one_line
 
 
+# Beyond these, numbers and lists in a foreign file mean nothing.
+_MOST, _MOST_ENTRIES = 10**15, 16
+
+
 @dataclass(frozen=True)
 class Inspection:
     """What a folder holds.
@@ -95,7 +99,7 @@ def _delta_dataset(folder: Path, manifest: Mapping[str, Any], shown: str) -> Ins
     splits = {name: _mapping(count) for name, count in _mapping(manifest.get("splits")).items()}
     counts = [
         f"{_count(count.get('pairs'), 'pair')} of {_count(count.get('runs'), 'run')} for {one_line(name, 40)}"
-        for name, count in splits.items()
+        for name, count in list(splits.items())[:_MOST_ENTRIES]
     ]
     roots = _mapping(manifest.get("roots"))
     sentences = [f"Pairs of deltas, TinyLM {_base_of(roots, 'source')} and LLM {_base_of(roots, 'target')}."]
@@ -175,11 +179,7 @@ def _report(folder: Path, manifest: Mapping[str, Any], shown: str) -> Inspection
 
 
 def _demo(folder: Path, manifest: Mapping[str, Any], shown: str) -> Inspection:
-    seconds = {
-        one_line(name, 40): float(value)
-        for name, value in _mapping(manifest.get("seconds")).items()
-        if isinstance(value, int | float)
-    }
+    seconds = {one_line(name, 40): value for name, value in _numbers(manifest.get("seconds")).items()}
     stages = ", ".join(f"{name} ({describe_seconds(value)})" for name, value in seconds.items())
     preset = one_line(manifest.get("preset"), 40)
     return Inspection(
@@ -190,7 +190,7 @@ def _demo(folder: Path, manifest: Mapping[str, Any], shown: str) -> Inspection:
 
 
 def _study(folder: Path, manifest: Mapping[str, Any], shown: str) -> Inspection:
-    names = ", ".join(one_line(name, 40) for name in _mapping(manifest.get("experiments")))
+    names = ", ".join(one_line(name, 40) for name in list(_mapping(manifest.get("experiments")))[:_MOST_ENTRIES])
     return Inspection(
         manifest_facts(manifest), (f"A study's results. Experiments: {names or 'none'}.",), f"read {shown}/study.md."
     )
@@ -199,7 +199,7 @@ def _study(folder: Path, manifest: Mapping[str, Any], shown: str) -> Inspection:
 def _base_model(folder: Path, manifest: Mapping[str, Any], shown: str) -> Inspection:
     model_type = one_line(manifest.get("model_type") or "of no named type", 60)
     names = manifest.get("architectures")
-    classes = ", ".join(one_line(name, 60) for name in names) if isinstance(names, list) else ""
+    classes = ", ".join(one_line(name, 60) for name in names[:_MOST_ENTRIES]) if isinstance(names, list) else ""
     weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
     return Inspection(
         manifest_facts(manifest),
@@ -275,11 +275,7 @@ def run_files(runs_folder: Path, folder: Path) -> dict[str, int]:
 
 
 def _heldout_scores(heldout: Mapping[str, Any]) -> HeldoutScores | None:
-    numbers = {
-        name: float(value)
-        for name, value in heldout.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    numbers = _numbers(heldout)
     if not {"r2", "r2_teacher_forced"} <= numbers.keys():
         return None
     own = ("r2", "r2_teacher_forced", "r2_permuted_inputs", "r2_ceiling")
@@ -304,9 +300,18 @@ def _base_of(sides: Mapping[str, Any], role: str) -> str:
 
 
 def _count(number: Any, noun: str) -> str:
-    if not isinstance(number, int):
+    if not isinstance(number, int) or not 0 <= number < _MOST:
         return f"an unknown number of {noun}s"
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    """The entries of a mapping that are numbers of a size that can be meant; the first few."""
+    return {
+        name: float(number)
+        for name, number in list(_mapping(value).items())[:_MOST_ENTRIES]
+        if isinstance(number, int | float) and not isinstance(number, bool) and abs(number) < _MOST
+    }
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

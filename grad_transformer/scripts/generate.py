@@ -2,10 +2,10 @@
 
     grad-transformer generate --mapper acme/qwen2.5-3b-to-7b --adapters bank-a bank-b --output_dir llm-adapter
     grad-transformer generate --mapper mapper --adapters a b --aggregation weighted --weights 300 700 --output_dir out
-    grad-transformer generate --mapper mapper --adapters a b c d e --aggregation multi_krum --num_dishonest 1 \
+    grad-transformer generate --mapper mapper --adapters a b c d e --aggregation multi_krum --num_dishonest 1 \\
         --disjoint_clients --output_dir out
 
-    grad-transformer generate --mapper mapper --adapters bank-a --dataset deltas --method best \
+    grad-transformer generate --mapper mapper --adapters bank-a --dataset deltas --method best \\
         --refine_data public.jsonl --output_dir out
 
 With `--refine_data` the clients' TinyLMs complete public prompts, and the LLM's adapter is refined: with `--dataset`,

@@ -16,6 +16,6 @@ class GradTransformerTrainingArguments(TrainingOptions, TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Elsewhere torch warns that there is nothing to pin for.
+        # torch warns where there is nothing to pin for.
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False

@@ -155,7 +155,8 @@ def test_a_dry_run_shows_the_cost_and_runs_nothing(run_cli, tmp_path: Path) -> N
     assert outcome.json["hours"] > 0 and outcome.json["disk_gib"] > 0 and outcome.json["memory_gib"] > 0
     assert not (tmp_path / "out").exists()
     text = run_cli(*arguments, "--gpu", "H100").stdout
-    assert "Table 1" in text and "hours of one H100" in text
+    assert "Table 1" in text and "of one H100" in text and "Nothing was run" in text
+    assert max(map(len, text.splitlines())) <= 100
     assert "no such device" in run_cli(*arguments, "--gpu", "abacus").stderr
 
 
