@@ -11,19 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, with_config
 from typing_extensions import NotRequired, TypedDict
 
-from .constants import (
-    ADAPTER_CONFIG_NAME,
-    ADAPTER_METADATA_NAME,
-    DELTA_DATASET_NAME,
-    HELDOUT_NAME,
-    ORIGIN_NAME,
-    PLAN_NAME,
-    REPORT_NAME,
-    ROOT_NAME,
-    SHIFT_NAME,
-    TOKENIZER_NAME,
-    TRAINING_LOG_NAME,
-)
+from . import constants
 from .documents import as_written
 
 
@@ -395,22 +383,6 @@ class DemoRecord(TypedDict):
 
 
 @_open
-class StageRecord(TypedDict):
-    """`stage.json` of a study."""
-
-    result: Object
-    seconds: Annotated[float, Field(ge=0)]
-    cpu_seconds: Annotated[float, Field(ge=0)]
-
-
-@_open
-class LabelsRecord(TypedDict):
-    """Rows that TinyLMs labelled, client by client."""
-
-    clients: list[list[Object]]
-
-
-@_open
 class WeakLabelsRecord(TypedDict):
     """A cache of what one TinyLM said."""
 
@@ -443,26 +415,26 @@ class ClientEntry(TypedDict):
 
 
 ClientList = Annotated[list[ClientEntry], Field(min_length=1, max_length=10_000)]
-CommandConfig = dict[str, Any]
 
 
 # By file name, for those who read whatever lies in a folder: pushes, cards, `inspect`.
 FILES: dict[str, Any] = {
-    ADAPTER_CONFIG_NAME: AdapterConfigRecord,
-    ADAPTER_METADATA_NAME: AdapterMetadataRecord,
-    ROOT_NAME: RootRecord,
-    TOKENIZER_NAME: TokenizerRecord,
-    PLAN_NAME: PlanRecord,
-    DELTA_DATASET_NAME: DeltaDatasetRecord,
+    constants.ADAPTER_CONFIG_NAME: AdapterConfigRecord,
+    constants.ADAPTER_METADATA_NAME: AdapterMetadataRecord,
+    constants.ROOT_NAME: RootRecord,
+    constants.TOKENIZER_NAME: TokenizerRecord,
+    constants.PLAN_NAME: PlanRecord,
+    constants.DELTA_DATASET_NAME: DeltaDatasetRecord,
     "config.json": ModelConfigRecord,
     "model.safetensors.index.json": WeightIndexRecord,
-    REPORT_NAME: ReportRecord,
-    HELDOUT_NAME: Heldout,
-    TRAINING_LOG_NAME: TrainingLogRecord,
-    SHIFT_NAME: ShiftRecord,
-    ORIGIN_NAME: OriginRecord,
+    constants.REPORT_NAME: ReportRecord,
+    constants.HELDOUT_NAME: Heldout,
+    constants.TRAINING_LOG_NAME: TrainingLogRecord,
+    constants.SHIFT_NAME: ShiftRecord,
+    constants.ORIGIN_NAME: OriginRecord,
     "trainer_state.json": TrainerStateRecord,
     "base.json": LabBaseRecord,
-    "demo.json": DemoRecord,
-    "stage.json": StageRecord,
+    constants.DEMO_NAME: DemoRecord,
+    constants.STUDY_NAME: Object,
+    constants.TRAINING_IDENTITY_NAME: TrainingIdentityRecord,
 }

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from numbers import Integral
 from reprlib import Repr
 from typing import Any
 
+from ..documents import DocumentError, parse_json
 from ..errors import DataError
 from .reading import SourceRow, has_surrogate
 
@@ -278,8 +278,8 @@ def _kept(row: SourceRow, name: str | None) -> str | None:
 def _tools(row: SourceRow, value: Any) -> list[dict[str, Any]] | None:
     """Schemas of tools, also as JSON text; an empty list is none."""
     if isinstance(value, str):
-        with suppress(ValueError, RecursionError):
-            value = json.loads(value) if value.strip() else None
+        with suppress(DocumentError):
+            value = parse_json(value) if value.strip() else None
     value = _plain(value)
     if value is None or (isinstance(value, list) and not value):
         return None

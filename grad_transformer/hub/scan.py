@@ -8,7 +8,6 @@ machine.
 from __future__ import annotations
 
 import io
-import json
 import re
 import tempfile
 import zlib
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import get_token
 
+from ..documents import parse_json
 from ..errors import UsageError
 
 
@@ -130,7 +130,7 @@ def _safetensors(content: Path | bytes) -> Iterator[str]:
         size = int.from_bytes(file.read(8), "little")
         if size > _MAX_HEADER:
             raise ValueError("the header of the safetensors file is too large")
-        header = json.loads(file.read(size))
+        header = parse_json(file.read(size))
     if not isinstance(header, dict):
         raise ValueError("the header of the safetensors file is no object")
     metadata = header.pop("__metadata__", None) or {}

@@ -180,9 +180,9 @@ class CommandParser(argparse.ArgumentParser):
     def _take_defaults_from(self, path: str) -> None:
         # pydantic and yaml are not loaded for --help.
         from ..files import read_yaml
-        from ..schemas import CommandConfig
+        from ..schemas import Object
 
-        config = read_yaml(path, CommandConfig)
+        config = read_yaml(path, Object)
         actions = {action.dest: action for action in reversed(self._actions) if action.dest not in ("help", "config")}
         for key, value in config.items():
             if key not in actions:

@@ -125,11 +125,12 @@ def main(args: PlanArguments, columns: RowFlags) -> CommandResult:
     from peft import LoraConfig
 
     from ..adapters import create_root
+    from ..adapters.bases import load_tokenizer
     from ..errors import UsageError
     from ..finetuning import FineTuningRecipe, RowSource, load_source
     from ..shadow import plan_shadows
     from ..shadow.estimate import DEVICES, assumptions, estimate_side, estimate_table, outline_root
-    from ..shadow.planning import check_plan_rows, check_plan_sizes, load_tokenizer
+    from ..shadow.planning import check_plan_rows, check_plan_sizes
     from ..shadow.run import root_folder
 
     if not (args.dry_run or args.estimate):

@@ -7,11 +7,11 @@ from typing import Any
 
 import datasets
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..adapters import Root
-from ..errors import DataError, PlanError, UsageError
+from ..errors import DataError, PlanError
 from ..finetuning import FineTuningRecipe, TokenCounts, count_tokens
 from .plan import SPLITS, PlanSide, ShadowPlan, ShadowRun, Strategy, fingerprint_rows
 
@@ -19,7 +19,7 @@ from .plan import SPLITS, PlanSide, ShadowPlan, ShadowRun, Strategy, fingerprint
 logger = logging.get_logger(__name__)
 
 MAX_RUNS, MAX_ROWS = 100_000, 5_000_000
-MAX_STEPS, MAX_SNAPSHOTS = 1_000_000, 10_000
+MAX_SNAPSHOTS = 10_000
 
 
 def plan_shadows(
@@ -130,7 +130,6 @@ def check_plan_sizes(
         *((f"{name}_fraction", value, 0 <= value < 1, "0 or more, below 1") for name, value in fractions.items()),
     ]
     for recipe in recipes:
-        ranges.append(("max_steps", recipe.max_steps, recipe.max_steps <= MAX_STEPS, f"at most {MAX_STEPS:,}"))
         every = recipe.max_steps // recipe.snapshot_every if recipe.snapshot_every else 0
         count = recipe.snapshot_last + every
         ranges.append(("snapshots of a run", count, count <= MAX_SNAPSHOTS, f"at most {MAX_SNAPSHOTS:,}"))
@@ -148,24 +147,6 @@ def check_plan_sizes(
             remedy="plan more runs, or lower validation_fraction and test_fraction",
         )
     return counts
-
-
-def load_tokenizer(name_or_path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model, without its weights.
-
-    Raises:
-        [`UsageError`]: there is none.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as cause:
-        raise UsageError(
-            "The tokenizer of the base model cannot be loaded.",
-            path=name_or_path,
-            expected="a tokenizer beside the model, in a folder or on the Hub",
-            found=f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}",
-            remedy="check the name, the network (HF_HUB_OFFLINE) and your access token (HF_TOKEN)",
-        ) from cause
 
 
 def check_plan_rows(

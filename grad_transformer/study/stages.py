@@ -8,16 +8,27 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from ..adapters.io import read_record, write_json_atomic
 from ..constants import FORMAT_VERSION
-from ..schemas import StageRecord
+from ..schemas import Object
 
 
 STAGE_NAME = "stage.json"
 # Raised where a change of the code changes what a stage of the same name and parameters gives.
 STAGES_VERSION = 1
+
+
+class StageRecord(TypedDict):
+    """`stage.json`, written last."""
+
+    result: Object
+    seconds: Annotated[float, Field(ge=0)]
+    cpu_seconds: Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from typing_extensions import TypedDict
 
 from ..adapters import Root
 from ..adapters.io import load_tensors, read_record, save_tensors_atomic, write_json_atomic
@@ -28,7 +29,7 @@ from ..refinement import (
     refine,
 )
 from ..refinement.candidates import MINIMUM_TASKS
-from ..schemas import LabelsRecord
+from ..schemas import Object
 from ..shadow import FineTuneJob, fine_tune_many
 from ..tokenization_lora_delta import LoraDeltaTokenizer
 from .partition import reverse_blocks
@@ -40,6 +41,14 @@ from .worlds import ClientRows, StudyWorld, make_world
 DELTAS_NAME = "deltas.safetensors"
 SCORES_NAME = "scores.safetensors"
 LABELS_NAME = "labels.json"
+
+
+class LabelsRecord(TypedDict):
+    """Rows that TinyLMs labelled, client by client."""
+
+    clients: list[list[Object]]
+
+
 _PUBLIC_STREAM = 1009
 
 

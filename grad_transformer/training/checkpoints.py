@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import zipfile
@@ -10,9 +9,10 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from ..adapters.io import read_header
+from ..adapters.io import read_header, read_record
 from ..constants import SOURCE_FOLDER, TARGET_FOLDER
-from ..errors import AdapterFormatError
+from ..errors import GradTransformerError
+from ..schemas import TrainerStateRecord
 
 
 logger = logging.get_logger(__name__)
@@ -45,7 +45,7 @@ def last_whole_checkpoint(folder: str | Path, *, remove_others: bool = False) ->
 def is_whole(checkpoint: Path, step: int) -> bool:
     """Whether a checkpoint has its state, which `Trainer` writes last, and no file that ends too early."""
     try:
-        state = json.loads((checkpoint / _STATE_NAME).read_text(encoding="utf-8"))
+        state = read_record(checkpoint / _STATE_NAME, TrainerStateRecord)
         if state["global_step"] != step or not (checkpoint / "config.json").is_file():
             return False
         weights = sorted(checkpoint.glob("*.safetensors"))
@@ -54,6 +54,6 @@ def is_whole(checkpoint: Path, step: int) -> bool:
         states = [path for pattern in ("*.pt", "*.pth", "*.bin") for path in checkpoint.glob(pattern)]
         # Weights in pieces (FSDP, DeepSpeed) lie in folders, of which the state has to speak alone.
         folders = {path.name for path in checkpoint.iterdir() if path.is_dir()} - {SOURCE_FOLDER, TARGET_FOLDER}
-    except (OSError, ValueError, KeyError, TypeError, AdapterFormatError):
+    except (OSError, GradTransformerError):
         return False
     return bool(weights or folders) and all(zipfile.is_zipfile(path) for path in states)

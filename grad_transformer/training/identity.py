@@ -22,6 +22,7 @@ from ..constants import (
     TRAINING_IDENTITY_NAME,
     TRAINING_LOG_NAME,
 )
+from ..documents import parse_json
 from ..errors import OutputError
 from ..schemas import TrainingIdentityRecord
 from .arguments import MapperArguments
@@ -72,7 +73,7 @@ class TrainingIdentity:
             training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
         )
         # As JSON gives it back, so that what was read can be compared.
-        return cls(dict(dataset), asdict(mapper), json.loads(json.dumps(decisive, default=str)))
+        return cls(dict(dataset), asdict(mapper), parse_json(json.dumps(decisive, default=str)))
 
     @property
     def fingerprint(self) -> str:
