@@ -151,7 +151,7 @@ def published(hub, tmp_path):
     mapper.save_pretrained(tmp_path / "mapper")
     write_json_atomic(tmp_path / "mapper" / "heldout.json", HELDOUT)
     write_json_atomic(tmp_path / "mapper" / "training_log.json", {"log_history": []})
-    write_json_atomic(tmp_path / "mapper" / "shift.json", {"format_version": 1})
+    write_json_atomic(tmp_path / "mapper" / "shift.json", {"format_version": 1, "num_shadows": 8, "num_heldout": 2})
     save_file({"mean": torch.zeros(1)}, tmp_path / "mapper" / "shift.safetensors")
     write_json_atomic(tmp_path / "report" / "report.json", report(client_report("Bank of Somewhere")))
     for name in ("pgr.png", "accuracy.png"):
