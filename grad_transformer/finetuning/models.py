@@ -71,7 +71,7 @@ def load_root_base(
     """
     preview = preview_base(root, base_model=base_model)
     if preview.place == "hub" and base_model is None:
-        logger.warning(f"{preview.describe()}.")
+        logger.warning(f"Base model: {preview.describe()}.")
     files = locate(preview.name, revision=preview.revision)
     model = load_causal_lm(files, dtype=dtype, device=device)
     root.check_base(model)
@@ -99,7 +99,7 @@ class BasePreview:
             "hub": "to be downloaded from the Hub",
         }
         version = "" if self.place == "folder" else f" at {self.revision or 'its newest revision'}"
-        return f"Base model {self.name}{version}: {where[self.place]}"
+        return f"{self.name}{version}, {where[self.place]}"
 
 
 def preview_base(root: Root, *, base_model: str | Path | None = None) -> BasePreview:
@@ -108,7 +108,8 @@ def preview_base(root: Root, *, base_model: str | Path | None = None) -> BasePre
     Raises:
         [`UsageError`]: a mapper from the Hub names a path, on a machine that is not this one.
     """
-    name, revision = (root.base_model, root.base_revision) if base_model is None else (str(base_model), None)
+    name = root.base_model if base_model is None else str(base_model)
+    revision = root.base_revision if name == root.base_model else None
     if base_model is None and root.origin is not None and not is_repository_id(name):
         raise UsageError(
             "The mapper names a path as its base model.",

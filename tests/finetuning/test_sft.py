@@ -294,7 +294,11 @@ def test_a_mapper_from_the_hub_names_no_path_of_this_machine(
             load_root_base(replace(fetched, base_model=name))
     assert load_root_base(fetched, base_model=tmp_path / "base")[0].dtype == torch.float32
     preview = preview_base(replace(fetched, base_model="acme/tiny", base_revision="1" * 40))
-    assert preview.describe() == f"Base model acme/tiny at {'1' * 40}: to be downloaded from the Hub"
+    assert preview.describe() == f"acme/tiny at {'1' * 40}, to be downloaded from the Hub"
+    assert (
+        preview_base(replace(fetched, base_model="acme/tiny", base_revision="v1"), base_model="acme/tiny").revision
+        == "v1"
+    )
 
 
 def test_another_base_model_is_refused_before_its_tokenizer_is_read(tmp_path: Path, world: tuple[Path, Root]) -> None:
