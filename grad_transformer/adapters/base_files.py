@@ -5,7 +5,6 @@ Of a repository nothing but configs, vocabularies, chat templates and safetensor
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..constants import ADAPTER_CONFIG_NAME
 from ..errors import UsageError
-from ..hub.revisions import fetch, split_revision
+from ..hub.names import did_you_mean, split_revision
+from ..hub.revisions import fetch
 from ..hub.transfer import call_hub
 
 
@@ -87,7 +87,7 @@ def locate(name_or_path: Source, *, revision: str | None = None, **hub_kwargs: A
                 path=str(name_or_path)[:300],
                 expected="a folder with a model in the format of transformers, or the id of a repository on the Hub",
                 found="a file" if is_file else "no such folder",
-                remedy=_did_you_mean(path, path.parent),
+                remedy=did_you_mean(path),
             )
         fetched = fetch(name_or_path, allow_patterns=_CONFIG_FILES, revision=revision, **hub_kwargs)
         assert fetched.origin is not None
@@ -160,9 +160,3 @@ def _check_is_model(found: BaseFiles) -> None:
             found="no config.json",
             remedy=f"did you mean {Path(found.name, inside[0])}?" if inside else "check the name",
         )
-
-
-def _did_you_mean(path: Path, parent: Path) -> str:
-    names = [entry.name for entry in parent.iterdir() if entry.is_dir()] if os.path.isdir(parent) else []
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f"did you mean {parent / close[0]}?" if close else "check the spelling"

@@ -22,6 +22,8 @@ from ..adapters.base_files import Source, is_repository_id, locate
 from ..adapters.bases import load_causal_lm, load_tokenizer
 from ..adapters.lora_config import LORA_FIELDS
 from ..errors import AdapterFormatError, BaseModelMismatchError, DataError, RecipeError, UsageError
+from ..hub.names import split_revision
+from ..hub.revisions import check_repo_id
 
 
 logger = logging.get_logger(__name__)
@@ -106,7 +108,8 @@ def preview_base(root: Root, *, base_model: str | Path | None = None) -> BasePre
     """Say which base model [`load_root_base`] will load. Nothing is downloaded, and the Hub is not asked.
 
     Raises:
-        [`UsageError`]: a mapper from the Hub names a path, on a machine that is not this one.
+        [`UsageError`]: a mapper from the Hub names a path, on a machine that is not this one; or there is no such
+            folder, and it can be no repository.
     """
     name = root.base_model if base_model is None else str(base_model)
     revision = root.base_revision if name == root.base_model else None
@@ -120,7 +123,10 @@ def preview_base(root: Root, *, base_model: str | Path | None = None) -> BasePre
         )
     if os.path.isdir(os.path.expanduser(name)):
         return BasePreview(name, None, "folder")
-    cached = is_repository_id(name) and isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+    name, named = split_revision(name, repo_type="model")
+    check_repo_id(name)
+    revision = named or revision
+    cached = isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
     return BasePreview(name, revision, "cache" if cached else "hub")
 
 

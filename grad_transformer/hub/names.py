@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -152,6 +153,17 @@ def looks_like_path(name: str) -> bool:
         or re.match(r"[A-Za-z]:", name) is not None
         or _exists(str(Path(name).parent))
     )
+
+
+def did_you_mean(path: str | Path) -> str:
+    """A remedy for a folder that is not there: the one beside it whose name is nearly the same."""
+    path = Path(path)
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    except (OSError, ValueError):
+        names = []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"did you mean {path.parent / close[0]}?" if close else "check the spelling"
 
 
 def _exists(text: str) -> bool:
