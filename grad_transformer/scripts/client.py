@@ -63,7 +63,8 @@ class ClientArguments:
         default=False, metadata={"help": "Recompute activations: slower, with less memory."}
     )
     state_num_examples: bool = field(
-        default=False, metadata={"help": "Write into the adapter how many rows it was fine-tuned on."}
+        default=False,
+        metadata={"help": "Write into the adapter how many rows it was fine-tuned on; never with --dp_epsilon."},
     )
     dp_epsilon: float | None = field(
         default=None, metadata={"help": "Fine-tune with DP-SGD and spend this epsilon, 0.01 to 100; needs --dp_delta."}
