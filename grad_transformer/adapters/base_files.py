@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from ..constants import ADAPTER_CONFIG_NAME
 from ..errors import UsageError
-from ..hub.revisions import fetch, split_revision
+from ..hub.names import is_repo_id, split_revision
+from ..hub.revisions import fetch
 from ..hub.transfer import call_hub
 
 
@@ -50,17 +48,6 @@ class BaseFiles:
 Source = str | Path | BaseFiles
 
 
-def is_repository_id(name: str) -> bool:
-    """Whether a name has the form of a repository on the Hub, and not that of a path."""
-    if re.search(r"\\|^[.~/]|/$|/.*/", name):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
 def locate(name_or_path: Source, *, revision: str | None = None, **hub_kwargs: Any) -> BaseFiles:
     """Find a model, and fetch its config and tokenizer files if it is on the Hub. No weight is downloaded.
 
@@ -81,7 +68,7 @@ def locate(name_or_path: Source, *, revision: str | None = None, **hub_kwargs: A
     else:
         name = split_revision(name_or_path)[0]
         is_file, beside = os.path.isfile(path), str(path.parent) != "." and os.path.isdir(path.parent)
-        if is_file or beside or not is_repository_id(name):
+        if is_file or beside or not is_repo_id(name):
             raise UsageError(
                 "There is no such model.",
                 path=str(name_or_path)[:300],

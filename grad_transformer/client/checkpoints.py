@@ -15,20 +15,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, with_config
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from ..constants import FORMAT_VERSION
 from ..errors import IncompleteArtifactError, UsageError
 from ..files import read_record, write_json_atomic
-from ..schemas import Count, Number
+from ..schemas import Count, Number, open_record
 
 
 RUN_NAME = "run.json"
 MANIFEST_NAME = "privacy_accounting.json"
 
 
-@with_config(ConfigDict(extra="allow"))
+@open_record
 class _RunRecord(TypedDict):
     """`run.json`: whose checkpoints lie beside it."""
 
@@ -38,7 +38,7 @@ class _RunRecord(TypedDict):
     delivered_steps: Count
 
 
-@with_config(ConfigDict(extra="allow"))
+@open_record
 class _ManifestRecord(TypedDict):
     """`privacy_accounting.json`: noise multiplier, sampling rate and steps so far; the size of every other file."""
 

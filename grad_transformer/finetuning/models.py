@@ -18,10 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..adapters import Root
-from ..adapters.base_files import Source, is_repository_id, locate
+from ..adapters.base_files import Source, locate
 from ..adapters.bases import load_causal_lm, load_tokenizer
 from ..adapters.lora_config import LORA_FIELDS
 from ..errors import AdapterFormatError, BaseModelMismatchError, DataError, RecipeError, UsageError
+from ..hub.names import is_repo_id
+from ..wording import first_line
 
 
 logger = logging.get_logger(__name__)
@@ -109,7 +111,7 @@ def preview_base(root: Root, *, base_model: str | Path | None = None) -> BasePre
         [`UsageError`]: a mapper from the Hub names a path, on a machine that is not this one.
     """
     name, revision = (root.base_model, root.base_revision) if base_model is None else (str(base_model), None)
-    if base_model is None and root.origin is not None and not is_repository_id(name):
+    if base_model is None and root.origin is not None and not is_repo_id(name):
         raise UsageError(
             "The mapper names a path as its base model.",
             path=root.origin.repo_id,
@@ -119,7 +121,7 @@ def preview_base(root: Root, *, base_model: str | Path | None = None) -> BasePre
         )
     if os.path.isdir(os.path.expanduser(name)):
         return BasePreview(name, None, "folder")
-    cached = is_repository_id(name) and isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+    cached = is_repo_id(name) and isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
     return BasePreview(name, revision, "cache" if cached else "hub")
 
 
@@ -199,7 +201,7 @@ def _attach(model: PreTrainedModel, root: Root) -> PeftModel:
             "The root's adapter cannot be put on its base model.",
             path=model.config.name_or_path,
             expected=f"{len(modules)} modules that the base model has, and a lora_dropout from 0 to 1",
-            found=(str(cause).splitlines() or [""])[0][:300],
+            found=first_line(cause),
         ) from cause
     state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     found, expected = {key: tuple(value.shape) for key, value in state.items()}, {s.key: s.shape for s in specs}

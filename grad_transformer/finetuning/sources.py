@@ -20,6 +20,7 @@ from datasets.exceptions import DatasetsError
 from ..errors import DataError, GradTransformerError
 from ..hub import resolve
 from ..hub.transfer import TRANSFER_ERRORS, redact
+from ..wording import describe_error
 from .columns import ColumnNames
 from .reading import KINDS, Choose, SourceRow, find_files, kind_of, read_files
 
@@ -225,4 +226,4 @@ def _innermost(cause: BaseException) -> str:
         if cause.__cause__ is None:
             break
         cause = cause.__cause__
-    return redact(f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0][:200]}")
+    return redact(describe_error(cause))

@@ -10,12 +10,13 @@ from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import constants
 
+from ..constants import COMMIT_PATTERN, REPO_ID_PATTERN
 from ..errors import HubError, UsageError
 
 
-_REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}(?:/[A-Za-z0-9_][\w.-]{0,95})?", re.ASCII)
+_REPO_ID = re.compile(REPO_ID_PATTERN)
 _REVISION = re.compile(r"[A-Za-z0-9_][\w.+/=-]{0,199}", re.ASCII)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_COMMIT = re.compile(COMMIT_PATTERN)
 _FILE_PART = re.compile(r"[\w.+=@,()~ -]{1,200}", re.ASCII)
 
 _ADDRESS = re.compile(

@@ -205,7 +205,6 @@ def _resolve(
         )
     if known != origin.sha:
         write_text_atomic(reference, origin.sha)
-    assert isinstance(info, ModelInfo | DatasetInfo)
     return origin, info
 
 
@@ -223,7 +222,7 @@ def _check_repo_id(repo_id: str) -> None:
             path=repo_id,
             expected="an existing folder, or the id of a repository on the Hub (org/name)",
             found="a file" if path.is_file() else f"no such entry in {path.parent}",
-            remedy="check the spelling",
+            remedy="check the spelling; an id names the account too (openai-community/gpt2, not gpt2)",
         )
 
 

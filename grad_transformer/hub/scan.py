@@ -22,6 +22,7 @@ from huggingface_hub import get_token
 
 from ..documents import parse_json
 from ..errors import UsageError
+from ..wording import describe_error
 
 
 # Each begins with a fixed text: such a pattern is searched for at the speed of memory.
@@ -89,7 +90,7 @@ def find_private_in_file(name: str, content: Path | bytes) -> str | None:
         raise UsageError(
             f"{name} cannot be read, so that it is not known what it would publish.",
             expected="a whole file of the kind that its name says",
-            found=f"{type(cause).__name__}: {str(cause)[:120]}",
+            found=describe_error(cause),
             remedy="write the file again",
         ) from cause
     return _in_bytes(content)

@@ -20,6 +20,7 @@ from ..adapters.io import member
 from ..adapters.rows import text_column
 from ..errors import DeltaDatasetError, GradTransformerError
 from ..hub import Fetched
+from ..wording import describe_error, first_line
 
 
 MAX_FOOTER_BYTES = 64 * 2**20
@@ -128,7 +129,7 @@ def _read_footer(path: Path) -> tuple[pq.FileMetaData, pa.Schema]:
             return parquet.metadata, parquet.schema_arrow
     except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as cause:
         raise DeltaDatasetError(
-            "The file is missing or is no Parquet file.", path=path, found=str(cause)[:200], remedy=_REMEDY
+            "The file is missing or is no Parquet file.", path=path, found=first_line(cause), remedy=_REMEDY
         ) from cause
 
 
@@ -254,6 +255,6 @@ def typed_errors(folder: Path) -> Iterator[None]:
         raise DeltaDatasetError(
             "The pairs of the delta dataset cannot be read.",
             path=folder,
-            found=f"{type(cause).__name__}: {str(cause).strip()[:200]}",
+            found=describe_error(cause),
             remedy=_REMEDY,
         ) from cause

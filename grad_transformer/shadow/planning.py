@@ -19,7 +19,6 @@ from .plan import SPLITS, PlanSide, ShadowPlan, ShadowRun, Strategy, fingerprint
 logger = logging.get_logger(__name__)
 
 MAX_RUNS, MAX_ROWS = 100_000, 5_000_000
-MAX_SNAPSHOTS = 10_000
 
 
 def plan_shadows(
@@ -64,7 +63,6 @@ def plan_shadows(
         seed=seed,
         validation_fraction=validation_fraction,
         test_fraction=test_fraction,
-        recipes=(source_recipe, target_recipe),
     )
     steps = [len(recipe.snapshot_steps()) for recipe in (source_recipe, target_recipe)]
     if steps[0] != steps[1]:
@@ -110,7 +108,6 @@ def check_plan_sizes(
     seed: int = 0,
     validation_fraction: float = 0.05,
     test_fraction: float = 0.05,
-    recipes: Sequence[FineTuningRecipe] = (),
 ) -> dict[str, int]:
     """Refuse sizes that no plan can have, before anything is loaded.
 
@@ -129,10 +126,6 @@ def check_plan_sizes(
         ("seed", seed, 0 <= seed < 2**63, "0 or more"),
         *((f"{name}_fraction", value, 0 <= value < 1, "0 or more, below 1") for name, value in fractions.items()),
     ]
-    for recipe in recipes:
-        every = recipe.max_steps // recipe.snapshot_every if recipe.snapshot_every else 0
-        count = recipe.snapshot_last + every
-        ranges.append(("snapshots of a run", count, count <= MAX_SNAPSHOTS, f"at most {MAX_SNAPSHOTS:,}"))
     for name, value, holds, expected in ranges:
         if not holds:
             raise PlanError(f"`{name}` of the plan is out of range.", expected=expected, found=value)
