@@ -8,9 +8,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import re
 import secrets
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +16,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from ..checkpoints import last_whole_checkpoint, numbered_checkpoints
 from ..constants import FORMAT_VERSION
 from ..errors import IncompleteArtifactError, UsageError
 from ..files import read_record, write_json_atomic
@@ -44,9 +43,6 @@ class _ManifestRecord(TypedDict):
 
     history: list[Annotated[list[Number], Field(min_length=3, max_length=3)]]
     sizes: dict[str, Count]
-
-
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def rows_digest(rows: Iterable[Any]) -> str:
@@ -79,7 +75,7 @@ def claim_folder(
     folder, place = Path(folder), str(Path(output_dir).resolve())
     path = folder / RUN_NAME
     if not path.is_file():
-        if _numbered(folder):
+        if numbered_checkpoints(folder):
             raise IncompleteArtifactError(
                 "The folder has checkpoints, and nothing that says whose they are.",
                 path=path,
@@ -154,22 +150,17 @@ def read_history(checkpoint: str | Path) -> list[tuple[float, float, int]]:
     return [(noise, rate, int(steps)) for noise, rate, steps in manifest["history"]]
 
 
-def last_whole(folder: str | Path) -> str | None:
+def last_whole(folder: str | Path) -> Path | None:
     """The last checkpoint that was written to its end; those that were not are removed."""
-    for checkpoint in _numbered(Path(folder)):
-        try:
-            read_history(checkpoint)
-        except IncompleteArtifactError:
-            shutil.rmtree(checkpoint, ignore_errors=True)
-        else:
-            return str(checkpoint)
-    return None
+    return last_whole_checkpoint(folder, _is_whole, remove_others=True)
 
 
-def _numbered(folder: Path) -> list[Path]:
-    """Checkpoints, the last first."""
-    found = [(int(match[1]), path) for path in folder.glob("*") if (match := _CHECKPOINT.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+def _is_whole(checkpoint: Path, step: int) -> bool:
+    try:
+        read_history(checkpoint)
+    except IncompleteArtifactError:
+        return False
+    return True
 
 
 def _keyed(identity: Mapping[str, Any], key: str) -> dict[str, str]:

@@ -149,15 +149,21 @@ def check_tokens(tokens: Dataset, model: PreTrainedModel) -> None:
     Raises:
         [`DataError`]
     """
-    known, column = num_embeddings(model), tokens.with_format("arrow")[:].column("input_ids")
+    column = tokens.with_format("arrow")[:].column("input_ids")
     greatest = pyarrow.compute.max(pyarrow.compute.list_flatten(column)).as_py()
-    if greatest is not None and greatest >= known:
-        index = next(index for index, ids in enumerate(column) if greatest in ids.as_py())
+    if greatest is not None and greatest >= num_embeddings(model):
+        check_token(greatest, model, row=next(row for row, ids in enumerate(column) if greatest in ids.as_py()))
+
+
+def check_token(token: int, model: PreTrainedModel, *, row: int) -> None:
+    """Raises [`DataError`] where a model, which needs no weights for that, has no embedding for a row's token."""
+    known = num_embeddings(model)
+    if token >= known:
         raise DataError(
-            f"Row {index} has a token that the base model does not know.",
+            f"Row {row} has a token that the base model does not know.",
             path=model.config.name_or_path,
             expected=f"tokens below {known}, the size of the model's embedding",
-            found=greatest,
+            found=token,
             remedy="use the tokenizer that the base model came with; tokens added later need new embeddings",
         )
 

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..adapters import Root
-from ..errors import DataError, PlanError
+from ..errors import PlanError
 from ..finetuning import FineTuningRecipe, TokenCounts, count_tokens
+from ..finetuning.models import check_token
 from .plan import SPLITS, PlanSide, ShadowPlan, ShadowRun, Strategy, fingerprint_rows
 
 
@@ -156,15 +157,7 @@ def check_plan_rows(
         [`DataError`]: a row that the model cannot be fine-tuned on.
     """
     counts = count_tokens(rows, tokenizer, max_length)
-    known = model.get_input_embeddings().weight.shape[0]
-    if counts.largest_id >= known:
-        raise DataError(
-            f"Row {counts.row_of_largest_id} holds a token that the base model has no embedding for.",
-            path=tokenizer.name_or_path,
-            expected=f"token ids below {known}",
-            found=counts.largest_id,
-            remedy="use the tokenizer that belongs to the base model, or resize the model's embedding and save it",
-        )
+    check_token(counts.largest_id, model, row=counts.row_of_largest_id)
     return counts
 
 

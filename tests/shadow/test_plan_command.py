@@ -88,7 +88,7 @@ def test_tokens_that_a_model_has_no_embedding_for_are_refused(arguments: list[st
     write(Path("text.jsonl"), rows)
     outcome = run_cli(*arguments, "--data", "text.jsonl", "--dry_run")
     assert outcome.code != 0
-    assert "Row 5 holds a token" in outcome.stderr
+    assert "Row 5 has a token" in outcome.stderr
 
 
 @pytest.mark.parametrize(
