@@ -11,13 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
 from ..constants import ADAPTER_CONFIG_NAME
 from ..errors import UsageError
 from ..hub.names import is_repo_id, split_revision
 from ..hub.revisions import fetch
-from ..hub.transfer import call_hub
 
 
 # Configs, vocabularies, chat templates; no code.
@@ -84,7 +81,7 @@ def locate(name_or_path: Source, *, revision: str | None = None, **hub_kwargs: A
 
 
 def fetch_weights(found: BaseFiles, num_values: int, *, revision: str | None = None, **hub_kwargs: Any) -> None:
-    """Download the weights of a repository; refuse pickles, and files that cannot hold what the config describes.
+    """Download the weights of a repository, checked by size and hash; refuse pickles, and too little for the config.
 
     Args:
         found ([`BaseFiles`]): from [`locate`].
@@ -95,14 +92,9 @@ def fetch_weights(found: BaseFiles, num_values: int, *, revision: str | None = N
         [`UsageError`], [`HubError`]
     """
     if found.from_hub:
-        call_hub(
-            snapshot_download,
-            found.name,
-            revision=found.revision,
-            allow_patterns=list(_WEIGHT_FILES),
-            about=found.name,
-            **hub_kwargs,
-        )
+        # In float64 at most, and room for headers.
+        max_bytes = 8 * num_values + 2**26
+        fetch(found.name, allow_patterns=_WEIGHT_FILES, revision=found.revision, max_bytes=max_bytes, **hub_kwargs)
     weights = [path for pattern in _WEIGHT_FILES for path in found.folder.glob(pattern)]
     if not weights:
         pickles = sorted(path.name for pattern in _PICKLES for path in found.folder.glob(pattern))
