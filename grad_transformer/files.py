@@ -112,7 +112,11 @@ def parse_record(
         data = parse_json(content, max_nodes=max_nodes)
     except DocumentError as cause:
         raise error(
-            f"{Path(path).name} is not valid JSON.", path=path, expected="a JSON object", found=cause
+            f"{Path(path).name} is not valid JSON.",
+            path=path,
+            expected="a JSON object",
+            found=cause,
+            remedy="mend it, or write or download it again",
         ) from cause
     return check_record(data, schema, path=path, error=error)
 
@@ -129,7 +133,7 @@ def read_yaml(
     try:
         data = parse_yaml(content)
     except DocumentError as cause:
-        raise error(f"{Path(path).name} is not valid YAML.", path=path, found=cause) from cause
+        raise error(f"{Path(path).name} is not valid YAML.", path=path, found=cause, remedy="mend the file") from cause
     return check_record(data, schema, path=path, error=error)
 
 
@@ -146,7 +150,13 @@ def check_record(
         return check_schema(data, schema)
     except DocumentError as cause:
         name = "The data are" if path is None else f"{Path(path).name} is"
-        raise error(f"{name} not as expected.", path=path, expected=cause.expected, found=cause.found) from cause
+        raise error(
+            f"{name} not as expected.",
+            path=path,
+            expected=cause.expected,
+            found=cause.found,
+            remedy="mend it, or write or download it again",
+        ) from cause
 
 
 def check_version(version: object, *, path: str | Path | None = None) -> None:
@@ -177,7 +187,11 @@ def _read_bytes(path: Path, max_bytes: int, *, error: type[GradTransformerError]
         return path.read_bytes()
     except OSError as cause:
         raise error(
-            f"{path.name} is missing or cannot be read.", path=path, expected="a file", found=cause.strerror
+            f"{path.name} is missing or cannot be read.",
+            path=path,
+            expected="a file",
+            found=cause.strerror,
+            remedy="check the path, and that whatever writes the file has ended",
         ) from cause
     except ValueError as cause:
         if isinstance(cause, GradTransformerError):

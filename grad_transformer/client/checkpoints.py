@@ -145,7 +145,11 @@ def read_history(checkpoint: str | Path) -> list[tuple[float, float, int]]:
         found = (path.parent / name).stat().st_size if (path.parent / name).is_file() else "no file"
         if found != size:
             raise IncompleteArtifactError(
-                "The checkpoint is not whole.", path=path.parent / name, expected=f"{size} bytes", found=found
+                "The checkpoint is not whole.",
+                path=path.parent / name,
+                expected=f"{size} bytes",
+                found=found,
+                remedy="go on from an earlier one, or choose an empty --dp_checkpoint_dir",
             )
     return [(noise, rate, int(steps)) for noise, rate, steps in manifest["history"]]
 

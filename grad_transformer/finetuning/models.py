@@ -208,6 +208,7 @@ def _attach(model: PreTrainedModel, root: Root) -> PeftModel:
             path=model.config.name_or_path,
             expected=f"{len(modules)} modules that the base model has, and a lora_dropout from 0 to 1",
             found=first_line(cause),
+            remedy="ask the provider for a mapper of this base model, or download it again",
         ) from cause
     state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     found, expected = {key: tuple(value.shape) for key, value in state.items()}, {s.key: s.shape for s in specs}

@@ -91,7 +91,12 @@ def find_files(path: Path, split: str) -> list[Path]:
         here = _row_files(path)
         files = here or (_row_files(path / "data") if (path / "data").is_dir() else [])
     except OSError as cause:
-        raise DataError("The folder cannot be read.", path=path, found=cause.strerror) from cause
+        raise DataError(
+            "The folder cannot be read.",
+            path=path,
+            found=cause.strerror,
+            remedy="see who may read it, or name a file in place of the folder",
+        ) from cause
     if not files or len(files) > MAX_FILES:
         saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
         raise DataError(

@@ -85,6 +85,7 @@ class RowSource:
                 path=source.path,
                 expected="one",
                 found=", ".join(sorted(revisions if len(revisions) > 1 else names)),
+                remedy="give it once: in the name, or with the flag",
             )
         return replace(source, path=found["path"], revision=next(iter(revisions), None), name=next(iter(names), None))
 

@@ -78,7 +78,13 @@ def check_file_names(names: Iterable[str], *, path: str | Path) -> None:
             )
         folder = next((above for above in _folders_above(name) if above in known), None)
         if folder is not None:
-            raise HubError("A file is also a folder.", path=path, expected="one of both", found=ascii(folder[:120]))
+            raise HubError(
+                "A file is also a folder.",
+                path=path,
+                expected="one of both",
+                found=ascii(folder[:120]),
+                remedy="do not use this repository, or ask its owner to rename the file",
+            )
 
 
 def _folders_above(name: str) -> list[str]:

@@ -112,7 +112,11 @@ class DeltaDataset:
         values_NP = DeltaRows(rows, column).to_tensor()
         for chunk_BP in values_NP.split(_CHECKED_ROWS):
             if not bool(torch.isfinite(chunk_BP).all()):
-                raise DeltaDatasetError("The delta dataset holds NaN or infinite values.", path=self.folder)
+                raise DeltaDatasetError(
+                    "The delta dataset holds NaN or infinite values.",
+                    path=self.folder,
+                    remedy="build or download the dataset again; a run that diverged has to be done again",
+                )
         return values_NP
 
     def tuning_pairs(self) -> tuple[torch.Tensor, torch.Tensor] | None:

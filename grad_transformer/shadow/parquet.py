@@ -40,7 +40,10 @@ def data_files(folder: Path, manifest: Mapping[str, Any]) -> dict[str, list[Path
         split = name.removeprefix("data/").partition("-")[0]
         if split not in files:
             raise DeltaDatasetError(
-                "A file of the delta dataset belongs to no split.", path=folder / name, expected=", ".join(files)
+                "A file of the delta dataset belongs to no split.",
+                path=folder / name,
+                expected=", ".join(files),
+                remedy="build or download the dataset again",
             )
         files[split].append(member(folder, name, error=DeltaDatasetError))
     empty = [split for split, paths in files.items() if not paths]
@@ -225,7 +228,10 @@ def _check_row(row: dict[str, Any], folder: Path) -> None:
         broken = broken or values is None or None in values or not math.isfinite(math.fsum(map(abs, values)))
     if broken:
         raise DeltaDatasetError(
-            "A pair of the delta dataset is not whole, or not finite.", path=folder, found=f"run {row['shadow_id']}"
+            "A pair of the delta dataset is not whole, or not finite.",
+            path=folder,
+            found=f"run {row['shadow_id']}",
+            remedy="build or download the dataset again",
         )
 
 

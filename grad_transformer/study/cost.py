@@ -308,6 +308,7 @@ def _shapes_of(name: str) -> Iterator[None]:
             path=name,
             expected="a config that transformers can build",
             found=describe_error(cause),
+            remedy="mend the model's entry in `configs` of the study",
         ) from cause
 
 

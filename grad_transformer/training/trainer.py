@@ -229,6 +229,7 @@ def train_mapper(
             "Early stopping waits for a better checkpoint, and none is kept.",
             expected="load_best_model_at_end with early_stopping_patience",
             found=f"early_stopping_patience={args.early_stopping_patience}, load_best_model_at_end=False",
+            remedy="leave --early_stopping_patience out, or keep the best checkpoint",
         )
     trainer = GradTransformerTrainer(model, args, train_dataset=splits["train"], eval_dataset=validation)
     checkpoint = last_whole_checkpoint(args.output_dir, is_whole, remove_others=args.should_save) if resume else None
