@@ -8,11 +8,12 @@ hidden temporary file.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -179,6 +180,12 @@ def check_size(path: Path, max_bytes: int, *, error: type[GradTransformerError])
     if status.st_size > max_bytes:
         raise error("The file is too large.", path=path, expected=f"at most {max_bytes} bytes", found=status.st_size)
     return status.st_size
+
+
+def nearest_path(path: Path, names: Iterable[str]) -> str:
+    """The remedy for a path that is not there: the nearest of the names beside it."""
+    close = difflib.get_close_matches(path.name, list(names), n=1)
+    return f"did you mean {path.parent / close[0]}?" if close else "check the spelling"
 
 
 def _read_bytes(path: Path, max_bytes: int, *, error: type[GradTransformerError]) -> bytes:

@@ -5,7 +5,6 @@ Of a repository nothing but configs, vocabularies, chat templates and safetensor
 
 from __future__ import annotations
 
-import difflib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from ..constants import ADAPTER_CONFIG_NAME
 from ..errors import UsageError
+from ..files import nearest_path
 from ..hub.names import is_repo_id, split_revision
 from ..hub.revisions import fetch
 
@@ -71,7 +71,7 @@ def locate(name_or_path: Source, *, revision: str | None = None, **hub_kwargs: A
                 path=str(name_or_path)[:300],
                 expected="a folder with a model in the format of transformers, or the id of a repository on the Hub",
                 found="a file" if is_file else "no such folder",
-                remedy=_did_you_mean(path, path.parent),
+                remedy=nearest_path(path, _folders_in(path.parent)),
             )
         fetched = fetch(name_or_path, allow_patterns=_CONFIG_FILES, revision=revision, **hub_kwargs)
         assert fetched.origin is not None
@@ -141,7 +141,5 @@ def _check_is_model(found: BaseFiles) -> None:
         )
 
 
-def _did_you_mean(path: Path, parent: Path) -> str:
-    names = [entry.name for entry in parent.iterdir() if entry.is_dir()] if os.path.isdir(parent) else []
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f"did you mean {parent / close[0]}?" if close else "check the spelling"
+def _folders_in(folder: Path) -> list[str]:
+    return [entry.name for entry in folder.iterdir() if entry.is_dir()] if os.path.isdir(folder) else []

@@ -18,6 +18,7 @@ from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 
 from ..errors import DataError, GradTransformerError
+from ..files import nearest_path
 from ..hub import resolve
 from ..hub.transfer import TRANSFER_ERRORS, redact
 from ..wording import describe_error
@@ -211,13 +212,12 @@ def _no_such_file(text: str) -> DataError:
         beside = [file.name for file in path.parent.iterdir() if kind_of(file) or file.is_dir()]
     except (OSError, ValueError):
         beside = []
-    close = difflib.get_close_matches(path.name, beside, n=1)
     return DataError(
         "There is no such file or folder of rows.",
         path=text,
         expected="a file, a folder, or a dataset on the Hub as org/name, org/name:configuration or org/name@revision",
         found="nothing",
-        remedy=f"did you mean {path.parent / close[0]}?" if close else "check the spelling",
+        remedy=nearest_path(path, beside),
     )
 
 

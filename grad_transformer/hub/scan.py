@@ -151,21 +151,22 @@ def _parquet(content: Path | bytes) -> Iterator[str]:
         strings = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
         for batch in table.iter_batches(batch_size=1024, columns=strings) if strings else ():
             for column in batch.columns:
-                yield from _texts(column.unique().to_pylist() if _is_flat(column.type) else column.to_pylist())
+                yield from texts_in(column.unique().to_pylist() if _is_flat(column.type) else column.to_pylist())
 
 
 def _is_flat(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def _texts(value: object) -> Iterator[str]:
+def texts_in(value: object) -> Iterator[str]:
+    """Every text in a value of JSON or Arrow, keys too."""
     if isinstance(value, bytes):
         yield value.decode("utf-8", "replace")
     elif isinstance(value, dict):
-        yield from _texts(list(value.items()))
+        yield from texts_in(list(value.items()))
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _texts(item)
+            yield from texts_in(item)
     elif isinstance(value, str):
         yield value
 
