@@ -152,7 +152,8 @@ def finetune_client_privately(
             callbacks=None if early_stopping_patience is None else [EarlyStoppingCallback(early_stopping_patience)],
         )
         with disk_errors():
-            trainer.train(resume_from_checkpoint=last_whole(folder))
+            checkpoint = last_whole(folder)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         tensors = read_adapter_tensors(model, root=task.root)
         trainer.accelerator.free_memory()
     model.eval()

@@ -140,6 +140,7 @@ def main(args: ClientArguments, columns: RowFlags) -> CommandResult:
             "Rows are grouped for differential privacy alone.",
             expected="--dp_group_column only with --dp_epsilon",
             found=f"dp_group_column={args.dp_group_column}",
+            remedy="leave --dp_group_column out, or give --dp_epsilon and --dp_delta",
         )
     # Private rows: no table of them is left in a cache.
     reading = {"split": args.data_split, "keep_cache": False, **columns.arguments()}
