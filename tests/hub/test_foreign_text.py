@@ -297,4 +297,4 @@ def test_a_forged_adapter_of_an_older_version_is_not_published(hub, tmp_path):
     made.save_pretrained(tmp_path / "made")
     with pytest.raises(GradTransformerError, match="mislead a reader"):
         push_folder(tmp_path / "made", "acme/llm")
-    assert "README.md" not in hub.store.repos[("model", "acme/llm")].commit_at("main").tree
+    assert ("model", "acme/llm") not in hub.store.repos
