@@ -18,6 +18,7 @@ from .constants import (
     ADAPTER_WEIGHTS_NAME,
     CARD_NAME,
     DELTA_DATASET_NAME,
+    DEMO_NAME,
     HELDOUT_NAME,
     ORIGIN_NAME,
     PLAN_NAME,
@@ -28,6 +29,7 @@ from .constants import (
     SHIFT_NAME,
     SHIFT_TENSORS_NAME,
     SOURCE_FOLDER,
+    STUDY_NAME,
     TARGET_FOLDER,
     TRAINING_IDENTITY_NAME,
     TRAINING_LOG_NAME,
@@ -75,8 +77,8 @@ _KINDS = {
     "client_adapter": _Kind("a client's adapter", _ADAPTER),
     "generated_adapter": _Kind("a generated adapter", _ADAPTER),
     "report": _Kind("a report", (REPORT_NAME, "report.md", "*.png")),
-    "demo": _Kind("a demo", ("demo.json",)),
-    "study": _Kind("a study", ("study.json", "study.md", "*.png", "stages")),
+    "demo": _Kind("a demo", (DEMO_NAME,)),
+    "study": _Kind("a study", (STUDY_NAME, "study.md", "*.png", "stages")),
     "copy": _Kind("a copy of a repository", (ORIGIN_NAME,)),
     "root": _Kind("a root", (*_ADAPTER, ROOT_NAME)),
     "adapter": _Kind("a PEFT adapter", _ADAPTER),
@@ -163,9 +165,9 @@ def _kind_of(folder: Path) -> str | None:
     def has(*names: str) -> bool:
         return any((folder / name).is_file() for name in names)
 
-    if has("demo.json"):
+    if has(DEMO_NAME):
         return "demo"
-    if has("study.json"):
+    if has(STUDY_NAME):
         return "study"
     if has(DELTA_DATASET_NAME) or any((folder / "data").glob("*-*-of-*.parquet")):
         return "delta_dataset"

@@ -6,20 +6,14 @@ Of a repository nothing but configs, vocabularies, chat templates and safetensor
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
 from ..constants import ADAPTER_CONFIG_NAME
 from ..errors import UsageError
-from ..hub.names import did_you_mean, split_revision
+from ..hub.names import did_you_mean, is_repo_id, split_revision
 from ..hub.revisions import fetch
-from ..hub.transfer import call_hub
 
 
 # Configs, vocabularies, chat templates; no code.
@@ -50,17 +44,6 @@ class BaseFiles:
 Source = str | Path | BaseFiles
 
 
-def is_repository_id(name: str) -> bool:
-    """Whether a name has the form of a repository on the Hub, and not that of a path."""
-    if re.search(r"\\|^[.~/]|/$|/.*/", name):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
 def locate(name_or_path: Source, *, revision: str | None = None, **hub_kwargs: Any) -> BaseFiles:
     """Find a model, and fetch its config and tokenizer files if it is on the Hub. No weight is downloaded.
 
@@ -81,7 +64,7 @@ def locate(name_or_path: Source, *, revision: str | None = None, **hub_kwargs: A
     else:
         name = split_revision(name_or_path)[0]
         is_file, beside = os.path.isfile(path), str(path.parent) != "." and os.path.isdir(path.parent)
-        if is_file or beside or not is_repository_id(name):
+        if is_file or beside or not is_repo_id(name):
             raise UsageError(
                 "There is no such model.",
                 path=str(name_or_path)[:300],
@@ -97,7 +80,7 @@ def locate(name_or_path: Source, *, revision: str | None = None, **hub_kwargs: A
 
 
 def fetch_weights(found: BaseFiles, num_values: int, *, revision: str | None = None, **hub_kwargs: Any) -> None:
-    """Download the weights of a repository; refuse pickles, and files that cannot hold what the config describes.
+    """Download the weights of a repository, checked by size and hash; refuse pickles, and too little for the config.
 
     Args:
         found ([`BaseFiles`]): from [`locate`].
@@ -108,14 +91,9 @@ def fetch_weights(found: BaseFiles, num_values: int, *, revision: str | None = N
         [`UsageError`], [`HubError`]
     """
     if found.from_hub:
-        call_hub(
-            snapshot_download,
-            found.name,
-            revision=found.revision,
-            allow_patterns=list(_WEIGHT_FILES),
-            about=found.name,
-            **hub_kwargs,
-        )
+        # In float64 at most, and room for headers.
+        max_bytes = 8 * num_values + 2**26
+        fetch(found.name, allow_patterns=_WEIGHT_FILES, revision=found.revision, max_bytes=max_bytes, **hub_kwargs)
     weights = [path for pattern in _WEIGHT_FILES for path in found.folder.glob(pattern)]
     if not weights:
         pickles = sorted(path.name for pattern in _PICKLES for path in found.folder.glob(pattern))

@@ -15,6 +15,7 @@ from ..adapters.privacy import UNUSUAL_TERMS
 from ..errors import RecipeError, UsageError
 from ..finetuning import BasePreview, FineTuningRecipe
 from .arguments import NoisePlan, PrivacyArguments
+from .output import Spent
 
 
 logger = logging.get_logger(__name__)
@@ -44,7 +45,7 @@ class ClientTerms:
         privacy ([`PrivacyArguments`], *optional*): the budget; `None`: no differential privacy.
         noise ([`NoisePlan`], *optional*): the mechanism that follows from it.
         num_units (`int`, *optional*): examples or groups that the bound counts.
-        earlier (`tuple[float, float]`, *optional*): epsilon and delta that were spent in the output folder before.
+        earlier ([`Spent`], *optional*): what was spent in the output folder before.
 
     Raises:
         [`RecipeError`]: the recipe is beyond what any client should run.
@@ -57,7 +58,7 @@ class ClientTerms:
     privacy: PrivacyArguments | None = None
     noise: NoisePlan | None = None
     num_units: int | None = None
-    earlier: tuple[float, float] = (0.0, 0.0)
+    earlier: Spent = Spent()
 
     def __post_init__(self) -> None:
         for name, limit in _HARD_LIMITS.items():
@@ -78,7 +79,9 @@ class ClientTerms:
                 found.append("few_steps")
             if self.noise.sample_rate >= _LARGE_SAMPLE_RATE:
                 found.append("whole_batch")
-        if self.earlier[0]:
+            if self.earlier.unbounded:
+                found.append("unbounded_before")
+        if self.earlier.epsilon:
             found.append("spent_before")
         return tuple(found)
 
@@ -124,12 +127,12 @@ class ClientTerms:
                 f"{noise.sample_rate:.3g}",
             ),
         ]
-        if self.earlier[0]:
-            total = epsilon + self.earlier[0], self.privacy.delta + self.earlier[1]
+        if self.earlier.epsilon:
+            total = epsilon + self.earlier.epsilon, self.privacy.delta + self.earlier.delta
             lines.append(
                 (
                     "spent before",
-                    f"epsilon {self.earlier[0]:.4g} in this folder; in total ({total[0]:.4g}, {total[1]:g})",
+                    f"epsilon {self.earlier.epsilon:.4g} in this folder; in total ({total[0]:.4g}, {total[1]:g})",
                 )
             )
         return lines

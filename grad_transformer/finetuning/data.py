@@ -170,7 +170,13 @@ def _table(
             pieces.append(_piece(piece, first.conversational))
             piece = []
     if first is None:
-        raise DataError("There are no rows.", path=path, expected="at least one row", found=0)
+        raise DataError(
+            "There are no rows.",
+            path=path,
+            expected="at least one row",
+            found=0,
+            remedy="check the file and the split",
+        )
     if piece:
         pieces.append(_piece(piece, first.conversational))
     table = pa.Table.from_batches(pieces)

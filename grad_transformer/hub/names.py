@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,12 +10,14 @@ from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import constants
 
+from ..constants import COMMIT_PATTERN, REPO_ID_PATTERN
 from ..errors import HubError, UsageError
+from ..files import nearest_path
 
 
-_REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}(?:/[A-Za-z0-9_][\w.-]{0,95})?", re.ASCII)
+_REPO_ID = re.compile(REPO_ID_PATTERN)
 _REVISION = re.compile(r"[A-Za-z0-9_][\w.+/=-]{0,199}", re.ASCII)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_COMMIT = re.compile(COMMIT_PATTERN)
 _FILE_PART = re.compile(r"[\w.+=@,()~ -]{1,200}", re.ASCII)
 
 _ADDRESS = re.compile(
@@ -78,7 +79,13 @@ def check_file_names(names: Iterable[str], *, path: str | Path) -> None:
             )
         folder = next((above for above in _folders_above(name) if above in known), None)
         if folder is not None:
-            raise HubError("A file is also a folder.", path=path, expected="one of both", found=ascii(folder[:120]))
+            raise HubError(
+                "A file is also a folder.",
+                path=path,
+                expected="one of both",
+                found=ascii(folder[:120]),
+                remedy="do not use this repository, or ask its owner to rename the file",
+            )
 
 
 def _folders_above(name: str) -> list[str]:
@@ -162,8 +169,7 @@ def did_you_mean(path: str | Path) -> str:
         names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
     except (OSError, ValueError):
         names = []
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f"did you mean {path.parent / close[0]}?" if close else "check the spelling"
+    return nearest_path(path, names)
 
 
 def _exists(text: str) -> bool:

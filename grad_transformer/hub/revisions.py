@@ -214,7 +214,6 @@ def _resolve(
         )
     if known != origin.sha:
         write_text_atomic(reference, origin.sha)
-    assert isinstance(info, ModelInfo | DatasetInfo)
     return origin, info
 
 
@@ -236,7 +235,7 @@ def check_repo_id(repo_id: str) -> None:
             path=repo_id,
             expected="an existing folder, or the id of a repository on the Hub (org/name)",
             found="a file" if path.is_file() else f"no such entry in {path.parent}",
-            remedy=did_you_mean(path),
+            remedy=f"{did_you_mean(path)}; an id names the account too (openai-community/gpt2, not gpt2)",
         )
 
 

@@ -63,7 +63,8 @@ class ClientArguments:
         default=False, metadata={"help": "Recompute activations: slower, with less memory."}
     )
     state_num_examples: bool = field(
-        default=False, metadata={"help": "Write into the adapter how many rows it was fine-tuned on."}
+        default=False,
+        metadata={"help": "Write into the adapter how many rows it was fine-tuned on; never with --dp_epsilon."},
     )
     dp_epsilon: float | None = field(
         default=None, metadata={"help": "Fine-tune with DP-SGD and spend this epsilon, 0.01 to 100; needs --dp_delta."}
@@ -139,6 +140,7 @@ def main(args: ClientArguments, columns: RowFlags) -> CommandResult:
             "Rows are grouped for differential privacy alone.",
             expected="--dp_group_column only with --dp_epsilon",
             found=f"dp_group_column={args.dp_group_column}",
+            remedy="leave --dp_group_column out, or give --dp_epsilon and --dp_delta",
         )
     # Private rows: no table of them is left in a cache.
     reading = {"split": args.data_split, "keep_cache": False, **columns.arguments()}

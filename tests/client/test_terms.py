@@ -9,7 +9,7 @@ import pytest
 
 from grad_transformer.client import output
 from grad_transformer.client.arguments import NoisePlan, PrivacyArguments
-from grad_transformer.client.output import check_outside, disk_errors, spent_before
+from grad_transformer.client.output import Spent, check_outside, disk_errors, spent_before
 from grad_transformer.client.terms import ClientTerms, agree
 from grad_transformer.errors import AdapterFormatError, OutputError, RecipeError, UsageError
 from grad_transformer.finetuning import BasePreview, FineTuningRecipe
@@ -68,8 +68,19 @@ def test_an_unusual_recipe_needs_a_yes(changes: dict[str, Any], code: str) -> No
 
 def test_batches_of_all_rows_and_spent_budget_are_unusual() -> None:
     assert terms(rate=1.0).unusual == ("whole_batch",)
-    spent = terms(earlier=(2.0, 1e-5))
+    spent = terms(earlier=Spent(2.0, 1e-5))
     assert spent.unusual == ("spent_before",) and "in total (2.997, 2e-05)" in spent.text()
+    assert terms(earlier=Spent(unbounded=True)).unusual == ("unbounded_before",)
+    assert terms(earlier=Spent(unbounded=True), privacy=None, noise=None).unusual == ()
+
+
+def test_an_adapter_without_a_bound_in_the_folder_is_known(tmp_path: Path) -> None:
+    assert spent_before(tmp_path) == Spent()
+    # A process was killed between the weights and what is said of them.
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    assert spent_before(tmp_path) == Spent(unbounded=True)
+    (tmp_path / "grad_transformer.json").write_text('{"format_version": 1}')
+    assert spent_before(tmp_path) == Spent(unbounded=True)
 
 
 def test_a_base_model_that_only_the_mapper_names_is_downloaded_after_a_yes() -> None:
