@@ -173,14 +173,9 @@ class CommandParser(argparse.ArgumentParser):
                 found=" ".join(unknown),
                 remedy=self._did_you_mean(unknown[0].partition("=")[0], flags),
             )
+        given = {name: _with_home(value) for name, value in vars(namespace).items()}
         return [
-            kind(
-                **{
-                    field.name: _with_home(getattr(namespace, field.name))
-                    for field in dataclasses.fields(kind)
-                    if field.init
-                }
-            )
+            kind(**{field.name: given[field.name] for field in dataclasses.fields(kind) if field.init})
             for kind in self.dataclass_types
         ]
 
