@@ -236,6 +236,17 @@ def test_values_and_types_come_from_yaml_and_flags_win(parser: CommandParser, tm
         assert output.json is True
 
 
+def test_the_home_folder_is_meant_by_a_tilde_also_where_no_shell_reads_it(
+    parser: CommandParser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = tmp_path / "run.yaml"
+    config.write_text("folder: ~/there\nsteps: 3\nnames: [~/a, b~]\n")
+    (args,), _ = parser.parse_command(["--config", str(config), "--note=~/x"])
+    assert (args.folder, args.note) == (f"{tmp_path}/there", f"{tmp_path}/x")
+    assert args.names == [f"{tmp_path}/a", "b~"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

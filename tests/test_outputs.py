@@ -15,8 +15,8 @@ import pyarrow as pa
 import pytest
 from safetensors import SafetensorError
 
-from grad_transformer import GradTransformer, LoraAdapter, cli
-from grad_transformer.errors import GradTransformerError, OutputError
+from grad_transformer import GradTransformer, LoraAdapter, LoraDeltaTokenizer, cli
+from grad_transformer.errors import GradTransformerError, OutputError, UsageError
 from grad_transformer.locks import sole_writer
 from grad_transformer.outputs import OutputKind, disk_error, prepare_output, try_writing
 from grad_transformer.shadow import load_delta_dataset
@@ -93,6 +93,10 @@ def test_who_gives_a_folder_of_another_kind_is_told_what_it_holds(
         with pytest.raises(GradTransformerError, match="The folder holds no") as caught:
             load(folder)
         assert caught.value.found == words[kind]
+        if kinds == ("mapper",):
+            with pytest.raises(UsageError) as caught:
+                LoraDeltaTokenizer.from_pretrained(folder, subfolder="source")
+            assert caught.value.found == words[kind]
     # Of its own kind, but without its manifest: what is missing is said.
     own = fill(tmp_path / "own", dict(list(CONTENTS[kinds[0]].items())[1:]))
     with pytest.raises(GradTransformerError) as caught:

@@ -32,6 +32,7 @@ from ..constants import (
 from ..errors import IncompleteArtifactError, UsageError
 from ..files import read_record
 from ..schemas import AdapterMetadataRecord, ModelConfigRecord
+from .names import did_you_mean
 from .repos import check_allowed
 
 
@@ -136,7 +137,16 @@ def find_kind(folder: Path) -> RepoKind:
 
     Raises:
         [`IncompleteArtifactError`]: nothing in it is a manifest of something that is published.
+        [`UsageError`]: there is no such folder, or a root in it.
     """
+    if not folder.is_dir():
+        raise UsageError(
+            "There is no such folder.",
+            path=folder,
+            expected="a folder with what is to be published",
+            found="a file" if folder.exists() else "nothing",
+            remedy=did_you_mean(folder),
+        )
     if (folder / DELTA_DATASET_NAME).is_file():
         return KINDS["delta_dataset"]
     if (folder / ROOT_NAME).is_file():

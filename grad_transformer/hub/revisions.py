@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..errors import HubError, UsageError
 from ..files import MAX_JSON_BYTES, write_text_atomic
+from ..outputs import holds
 from .hashes import file_sha256, git_file_sha
 from .names import (
     check_file_names,
@@ -115,14 +116,14 @@ def fetch(
             )
         )
         _check_hashes(folder, patterns, repo_id)
-    folder = folder / prefix if prefix else folder
+    whole, folder = folder, folder / prefix if prefix else folder
     if not folder.is_dir():
         raise UsageError(
-            "The repository holds none of the files that are needed.",
+            "None of the files that are needed are there.",
             path=name_or_path,
             expected=", ".join(patterns[:3]),
-            found=f"no folder {subfolder}" if subfolder else "other files",
-            remedy="check what kind of repository it is" + (", and `subfolder`" if subfolder else ""),
+            found=holds(whole) or (f"no folder {subfolder}" if subfolder else "other files"),
+            remedy="check what kind of folder or repository it is" + (", and `subfolder`" if subfolder else ""),
         )
     return Fetched(folder, origin)
 

@@ -44,6 +44,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import re
 import sys
 import textwrap
@@ -172,8 +173,9 @@ class CommandParser(argparse.ArgumentParser):
                 found=" ".join(unknown),
                 remedy=self._did_you_mean(unknown[0].partition("=")[0], flags),
             )
+        given = {name: _with_home(value) for name, value in vars(namespace).items()}
         return [
-            kind(**{field.name: getattr(namespace, field.name) for field in dataclasses.fields(kind) if field.init})
+            kind(**{field.name: given[field.name] for field in dataclasses.fields(kind) if field.init})
             for kind in self.dataclass_types
         ]
 
@@ -271,6 +273,13 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         if action.default is None or action.required or not action.option_strings:
             return action.help
         return super()._get_help_string(action)
+
+
+def _with_home(value: Any) -> Any:
+    """Paths that begin with `~`, which a shell leaves as they are in YAML and behind `--flag=`."""
+    if isinstance(value, list):
+        return [_with_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _is_kind(hint: Any, kind: type) -> bool:

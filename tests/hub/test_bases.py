@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 
-from grad_transformer import create_root
+from grad_transformer import LoraDeltaTokenizer, create_root
 from grad_transformer.adapters.base_files import locate
+from grad_transformer.client import finetune_client
 from grad_transformer.errors import HubError, UsageError
-from grad_transformer.finetuning import load_root_base, preview_base
+from grad_transformer.finetuning import FineTuningRecipe, load_root_base, preview_base
 from grad_transformer.lab import make_lab_tokenizer
 from tests.hub_server import HubServer
 from tests.worlds import lora, tiny_qwen2
@@ -41,6 +42,23 @@ def test_a_base_model_is_one_commit_without_code_and_pickles(sha: str, tmp_path:
     assert preview_base(root).place == "cache"
     model, _ = load_root_base(root)
     assert model.config.name_or_path == "acme/tiny"
+
+
+def test_a_client_downloads_what_only_its_mapper_names_after_a_yes(
+    sha: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = create_root("acme/tiny", lora(), output_dir=tmp_path / "root")
+    recipe = FineTuningRecipe(max_steps=1, warmup_steps=0, per_device_batch_size=2, max_length=16)
+    mapper = LoraDeltaTokenizer(root, recipe=recipe.to_dict())
+    rows = [{"prompt": "?1 >", "completion": "9"}] * 2
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "another-machine"))
+    with pytest.raises(UsageError, match="base model that the mapper names was not accepted") as caught:
+        finetune_client(mapper, rows, tmp_path / "out")
+    assert caught.value.found == f"acme/tiny at {sha}, to be downloaded from the Hub"
+    assert not (tmp_path / "another-machine").exists() and not (tmp_path / "out").exists()
+    adapter, _ = finetune_client(mapper, rows, tmp_path / "out", base_model="acme/tiny")
+    assert adapter.base_model == "acme/tiny"
+    finetune_client(mapper, rows, tmp_path / "out")  # it is on this machine now
 
 
 def test_names_that_are_on_no_hub_are_typed_errors(sha: str, tmp_path: Path) -> None:

@@ -218,6 +218,8 @@ def test_newer_formats_are_refused_with_the_remedy(hub, roots, tmp_path):
 def test_a_folder_without_a_manifest_is_not_published(hub, tmp_path):
     with pytest.raises(IncompleteArtifactError, match="nothing that is published"):
         push_folder(tmp_path / "hub-server", "acme/x")
+    with pytest.raises(UsageError, match="did you mean .*hub-server"):
+        push_folder(tmp_path / "hub-servr", "acme/x")
     assert hub.requests("POST") == []
 
 

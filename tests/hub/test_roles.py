@@ -43,6 +43,7 @@ def role(hub: HubServer, folder: Path, token: str | None, script: str, *argument
         [sys.executable, str(ROOT / "examples" / script), *arguments],
         cwd=folder,
         env=environment,
+        input="y\n",  # the client is asked before its base model is downloaded
         capture_output=True,
         text=True,
         timeout=280,
@@ -95,7 +96,8 @@ def test_four_roles(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (tmp_path / "client").mkdir()
         (tmp_path / "client" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         hub.seen.clear()
-        role(hub, tmp_path / "client", CLIENT, "client.py", "acme/mapper@v1.0", "rows.jsonl", "bank/adapter")
+        told = role(hub, tmp_path / "client", CLIENT, "client.py", "acme/mapper@v1.0", "rows.jsonl", "bank/adapter")
+        assert "to be downloaded from the Hub, as the mapper names it" in told and "[y/N]" in told
         assert hub.store.repos[("model", "bank/adapter")].private
         asked = {seen.path for seen in hub.seen if seen.token == CLIENT}
         assert not [path for path in asked if "deltas" in path or path.endswith("mapper/model.safetensors")]
