@@ -18,13 +18,15 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..constants import ADAPTER_CONFIG_NAME
 from ..errors import UsageError
-from ..hub.revisions import fetch, split_revision
+from ..hub.revisions import check_download, fetch, split_revision
 from ..hub.transfer import call_hub
 
 
 # Configs, vocabularies, chat templates; no code.
 _CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 _WEIGHT_FILES = ("model*.safetensors",)
+# Eight bytes a value, and a second copy; of a model with other parts (of vision, say), those too.
+_MAX_BYTES_PER_VALUE, _MAX_OTHER_BYTES = 16, 4 * 2**30
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -108,6 +110,9 @@ def fetch_weights(found: BaseFiles, num_values: int, *, revision: str | None = N
         [`UsageError`], [`HubError`]
     """
     if found.from_hub:
+        # Perhaps named by another party, who then decides what is downloaded.
+        most = _MAX_BYTES_PER_VALUE * num_values + _MAX_OTHER_BYTES
+        check_download(found.name, allow_patterns=_WEIGHT_FILES, max_bytes=most, revision=found.revision, **hub_kwargs)
         call_hub(
             snapshot_download,
             found.name,

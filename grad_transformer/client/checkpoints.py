@@ -29,7 +29,8 @@ RUN_NAME = "run.json"
 MANIFEST_NAME = "privacy_accounting.json"
 
 
-_Spent = Annotated[list[Number | bool], Field(min_length=2, max_length=3)]
+# As `Spent`, whose third field is 0 or 1 here.
+_Spent = Annotated[list[Number], Field(min_length=3, max_length=3)]
 
 
 @with_config(ConfigDict(extra="allow"))
@@ -95,7 +96,7 @@ def claim_folder(folder: str | Path, identity: Mapping[str, Any], *, output_dir:
         new: _RunRecord = {
             "key": key,
             "identity": _keyed(identity, key),
-            "spent_before": {place: [*spent]},
+            "spent_before": {place: _numbers(spent)},
             "delivered_steps": 0,
         }
         write_json_atomic(path, {"format_version": FORMAT_VERSION, **new})
@@ -121,18 +122,23 @@ def claim_folder(folder: str | Path, identity: Mapping[str, Any], *, output_dir:
             remedy="choose an empty --dp_checkpoint_dir",
         )
     before = run["spent_before"]
-    if place not in before or Spent(*run.get("stated", {}).get(place, ())) != spent:
-        before[place] = [*spent]
+    if place not in before or run.get("stated", {}).get(place) != _numbers(spent):
+        before[place] = _numbers(spent)
         write_json_atomic(path, dict(run))
-    return Spent(*before[place])
+    epsilon, delta, unbounded = before[place]
+    return Spent(epsilon, delta, bool(unbounded))
 
 
 def record_delivery(folder: str | Path, steps: int, *, output_dir: str | Path, stated: Spent) -> None:
     """Say in a claimed folder that an adapter leaves after so many steps, and what it states, before it does."""
     path = Path(folder) / RUN_NAME
     run = read_record(path, _RunRecord)
-    everywhere = {**run.get("stated", {}), _place(output_dir): [*stated]}
+    everywhere = {**run.get("stated", {}), _place(output_dir): _numbers(stated)}
     write_json_atomic(path, {**run, "delivered_steps": steps, "stated": everywhere})
+
+
+def _numbers(spent: Spent) -> list[float]:
+    return [spent.epsilon, spent.delta, float(spent.unbounded)]
 
 
 def _place(output_dir: str | Path) -> str:

@@ -124,6 +124,27 @@ def resolve_folder(name_or_path: str | Path, *, allow_patterns: Sequence[str], *
     return fetch(name_or_path, allow_patterns=allow_patterns, **kwargs).folder
 
 
+def check_download(
+    repo_id: str,
+    *,
+    allow_patterns: Sequence[str],
+    max_bytes: int,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> None:
+    """Refuse what [`fetch`] would refuse of a model, by its listing alone: for files too large to be hashed each time.
+
+    Raises:
+        [`HubError`]: as [`fetch`].
+    """
+    cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
+    info = _resolve(repo_id, revision, "model", token, cache, local_files_only)[1]
+    if info is not None:
+        _check_listing(info, allow_patterns, repo_id, max_bytes)
+
+
 def resolve(
     repo_id: str,
     *,

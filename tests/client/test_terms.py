@@ -111,7 +111,7 @@ def test_a_full_disk_is_a_typed_error(error: Exception) -> None:
 
 
 def test_what_was_spent_is_read_from_the_folder(tmp_path: Path) -> None:
-    assert spent_before(tmp_path) == (0.0, 0.0)
+    assert spent_before(tmp_path) == Spent()
     (tmp_path / "grad_transformer.json").write_text('{"differential_privacy": {"epsilon": 1}}')
     with pytest.raises(AdapterFormatError):
         spent_before(tmp_path)
