@@ -1,9 +1,13 @@
-"""File names and the format version of everything that is written, and the names of rules that files record."""
+"""Names of files, rules and repositories, and the format version of everything that is written."""
 
 from typing import Final, Literal, get_args
 
 
 FORMAT_VERSION = 1
+
+# Patterns of what the Hub names a repository, also without its account, and a commit.
+REPO_ID_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}(?:/[A-Za-z0-9_][A-Za-z0-9_.-]{0,95})?"
+COMMIT_PATTERN = r"[0-9a-f]{40}"
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"

@@ -75,7 +75,7 @@ def parse_json(content: bytes | str, *, max_nodes: int = MAX_NODES) -> Any:
     if sum(text.count(mark) for mark in ",[{") >= max_nodes:
         raise DocumentError(f"it has more than {max_nodes:,} values")
     try:
-        data = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        data = strict_json(text)
     except RecursionError as cause:
         raise DocumentError(f"it is nested more than {MAX_DEPTH} levels deep") from cause
     except DocumentError:
@@ -84,6 +84,15 @@ def parse_json(content: bytes | str, *, max_nodes: int = MAX_NODES) -> Any:
         raise DocumentError(str(cause)) from cause
     check_plain(data, max_nodes=max_nodes)
     return data
+
+
+def strict_json(text: str) -> Any:
+    """JSON text as Python makes it, without limits, but for a name twice in one object, NaN and Infinity.
+
+    Raises:
+        [`DocumentError`], `json.JSONDecodeError`, `RecursionError`
+    """
+    return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
 
 
 def parse_yaml(content: bytes | str, *, max_nodes: int = MAX_NODES) -> Any:
@@ -219,7 +228,9 @@ def _decode(content: bytes | str) -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise DocumentError("a name stands twice in one object")
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DocumentError(f"the name {twice[:40]!r} stands twice in one object")
     return result
 
 

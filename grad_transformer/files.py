@@ -8,11 +8,12 @@ hidden temporary file.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -112,7 +113,11 @@ def parse_record(
         data = parse_json(content, max_nodes=max_nodes)
     except DocumentError as cause:
         raise error(
-            f"{Path(path).name} is not valid JSON.", path=path, expected="a JSON object", found=cause
+            f"{Path(path).name} is not valid JSON.",
+            path=path,
+            expected="a JSON object",
+            found=cause,
+            remedy="mend it, or write or download it again",
         ) from cause
     return check_record(data, schema, path=path, error=error)
 
@@ -129,7 +134,7 @@ def read_yaml(
     try:
         data = parse_yaml(content)
     except DocumentError as cause:
-        raise error(f"{Path(path).name} is not valid YAML.", path=path, found=cause) from cause
+        raise error(f"{Path(path).name} is not valid YAML.", path=path, found=cause, remedy="mend the file") from cause
     return check_record(data, schema, path=path, error=error)
 
 
@@ -146,7 +151,13 @@ def check_record(
         return check_schema(data, schema)
     except DocumentError as cause:
         name = "The data are" if path is None else f"{Path(path).name} is"
-        raise error(f"{name} not as expected.", path=path, expected=cause.expected, found=cause.found) from cause
+        raise error(
+            f"{name} not as expected.",
+            path=path,
+            expected=cause.expected,
+            found=cause.found,
+            remedy="mend it, or write or download it again",
+        ) from cause
 
 
 def check_version(version: object, *, path: str | Path | None = None) -> None:
@@ -171,13 +182,23 @@ def check_size(path: Path, max_bytes: int, *, error: type[GradTransformerError])
     return status.st_size
 
 
+def nearest_path(path: Path, names: Iterable[str]) -> str:
+    """The remedy for a path that is not there: the nearest of the names beside it."""
+    close = difflib.get_close_matches(path.name, list(names), n=1)
+    return f"did you mean {path.parent / close[0]}?" if close else "check the spelling"
+
+
 def _read_bytes(path: Path, max_bytes: int, *, error: type[GradTransformerError]) -> bytes:
     try:
         check_size(path, max_bytes, error=error)
         return path.read_bytes()
     except OSError as cause:
         raise error(
-            f"{path.name} is missing or cannot be read.", path=path, expected="a file", found=cause.strerror
+            f"{path.name} is missing or cannot be read.",
+            path=path,
+            expected="a file",
+            found=cause.strerror,
+            remedy="check the path, and that whatever writes the file has ended",
         ) from cause
     except ValueError as cause:
         if isinstance(cause, GradTransformerError):

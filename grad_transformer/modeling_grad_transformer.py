@@ -365,10 +365,10 @@ class GradTransformer(MapperFiles, PreTrainedModel):
 
         Raises:
             [`AdapterFormatError`], [`LayoutMismatchError`], [`BaseModelMismatchError`], [`RootMismatchError`]: a
-                client adapter is refused, with the reason.
+                client adapter is refused, with the reason; or what comes out is not finite.
             [`RecipeError`]: a client was fine-tuned by another recipe.
-            [`UsageError`]: the mapper has no tokenizers, a client lies too far from the shadows, the arguments do not
-                fit, or what comes out is not finite.
+            [`UsageError`]: the mapper has no tokenizers, a client lies too far from the shadows, or the arguments do
+                not fit.
         """
         source_tokenizer, target_tokenizer = self.tokenizers()
         if order not in ("aggregate_first", "map_first"):
@@ -408,7 +408,6 @@ class GradTransformer(MapperFiles, PreTrainedModel):
         if order == "aggregate_first":
             delta_P = predict(delta_P[None])[0]
         adapter = target_tokenizer.decode_delta(delta_P)
-        _check_finite(adapter)
         shifts = [check.shift.to_dict() for check in checks if check.shift is not None]
         adapter.metadata["generated"] = {
             "source_base_model": self.config.source_base_model,
@@ -436,14 +435,3 @@ class GradTransformer(MapperFiles, PreTrainedModel):
                 remedy="load it with GradTransformer.from_pretrained, or build it with GradTransformer.from_backbone",
             )
         return self.source_tokenizer, self.target_tokenizer
-
-
-def _check_finite(adapter: LoraAdapter) -> None:
-    for key, tensor in adapter.tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise UsageError(
-                "The mapper's answer is not finite, so there is no adapter.",
-                expected="finite values",
-                found=f"NaN or infinite values in {key}",
-                remedy="see what `grad-transformer inspect` says of the mapper; train or download it again",
-            )

@@ -7,7 +7,7 @@ the shape that the config asks for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,20 @@ import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from .adapters.bases import check_config, config_fields
 from .adapters.io import member, read_header
 from .configuration_grad_transformer import GradTransformerConfig
 from .errors import AdapterFormatError, IncompleteArtifactError
 from .files import read_record
 from .schemas import MapperConfigRecord, WeightIndexRecord
+from .wording import describe_error
 
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 
-# Fields of a config that make transformers load code or kernels from elsewhere, or weights that are no safetensors.
-_FOREIGN_FIELDS = ("auto_map", "quantization_config")
-_MAX_POSITIONS = 2**20
-_MAX_EXPERTS = 4096
-_MAX_SIZE = 2**31
+# No backbone that a mapper is built on has more: some compute a table of them.
+_MOST_POSITIONS = 2**20
 _REMEDY = "save the mapper again with save_pretrained, or download it again"
 
 
@@ -46,31 +45,19 @@ def read_mapper_config(folder: Path, *, num_tensors: int) -> GradTransformerConf
     """
     path = folder / CONFIG_NAME
     record = read_record(path, MapperConfigRecord)
-    for name, value in _fields(record):
-        wrong = name in _FOREIGN_FIELDS or (name.endswith("_implementation") and "/" in str(value))
-        if isinstance(value, int) and not isinstance(value, bool):
-            limit = _MAX_SIZE
-            if "layers" in name:
-                limit = num_tensors
-            elif "experts" in name:
-                limit = _MAX_EXPERTS
-            elif "position" in name:
-                limit = _MAX_POSITIONS
-            wrong = abs(value) > limit
-        if wrong:
-            raise IncompleteArtifactError(
-                f"`{name}` of the mapper's config is not accepted.",
-                path=path,
-                expected="a config without code, kernels or quantisation, of sizes that the weights account for",
-                found=str(value)[:80],
-                remedy=_REMEDY,
-            )
+    check_config(
+        record, path=path, error=IncompleteArtifactError, most_layers=num_tensors, most_positions=_MOST_POSITIONS
+    )
+    if any(name == "auto_map" for name, _ in config_fields(record)):
+        raise IncompleteArtifactError(
+            "The mapper's config names code.", path=path, expected="no auto_map", found="auto_map", remedy=_REMEDY
+        )
     try:
         return GradTransformerConfig.from_dict(dict(record))
     # Whatever the parts of transformers that a stranger's config reaches may raise.
     except Exception as cause:
         raise IncompleteArtifactError(
-            "The config does not describe a mapper.", path=path, found=_first_line(cause), remedy=_REMEDY
+            "The config does not describe a mapper.", path=path, found=describe_error(cause), remedy=_REMEDY
         ) from cause
 
 
@@ -125,7 +112,7 @@ def check_weights(
             model: PreTrainedModel = model_class(config)
     except Exception as cause:
         raise IncompleteArtifactError(
-            "No mapper can be built from the config.", path=path, found=_first_line(cause), remedy=_REMEDY
+            "No mapper can be built from the config.", path=path, found=describe_error(cause), remedy=_REMEDY
         ) from cause
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if get_model_conversion_mapping(model, add_legacy=False):
@@ -174,17 +161,5 @@ def check_loaded(model: PreTrainedModel, missing: set[str] | list[str], path: st
         )
 
 
-def _fields(record: Any) -> Iterator[tuple[str, Any]]:
-    """Names and values of a config and of the configs in it."""
-    for name, value in record.items():
-        yield name, value
-        if isinstance(value, dict):
-            yield from _fields(value)
-
-
 def _numel(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
-
-
-def _first_line(cause: BaseException) -> str:
-    return f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}"[:300]

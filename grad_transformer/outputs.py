@@ -18,6 +18,7 @@ from .constants import (
     ADAPTER_WEIGHTS_NAME,
     CARD_NAME,
     DELTA_DATASET_NAME,
+    DEMO_NAME,
     HELDOUT_NAME,
     ORIGIN_NAME,
     PLAN_NAME,
@@ -28,6 +29,7 @@ from .constants import (
     SHIFT_NAME,
     SHIFT_TENSORS_NAME,
     SOURCE_FOLDER,
+    STUDY_NAME,
     TARGET_FOLDER,
     TRAINING_IDENTITY_NAME,
     TRAINING_LOG_NAME,
@@ -75,8 +77,8 @@ _KINDS = {
     "client_adapter": _Kind("a client's adapter", _ADAPTER),
     "generated_adapter": _Kind("a generated adapter", _ADAPTER),
     "report": _Kind("a report", (REPORT_NAME, "report.md", "*.png")),
-    "demo": _Kind("a demo", ("demo.json",)),
-    "study": _Kind("a study", ("study.json", "study.md", "*.png", "stages")),
+    "demo": _Kind("a demo", (DEMO_NAME,)),
+    "study": _Kind("a study", (STUDY_NAME, "study.md", "*.png", "stages")),
     "copy": _Kind("a copy of a repository", (ORIGIN_NAME,)),
     "root": _Kind("a root", (*_ADAPTER, ROOT_NAME)),
     "adapter": _Kind("a PEFT adapter", _ADAPTER),
@@ -130,6 +132,29 @@ def prepare_output(folder: str | Path, kind: OutputKind, *, inputs: Iterable[str
     return folder
 
 
+def check_manifest(folder: str | Path, name: str, expected: str, *, error: type[GradTransformerError]) -> None:
+    """Refuse a folder without the manifest that is to be read, where it plainly holds something else.
+
+    Args:
+        folder (`str` or `Path`): the folder.
+        name (`str`): its manifest's name. Where the folder holds nothing known, whoever reads it says what is missing.
+        expected (`str`): what it should hold: adapter, mapper or delta dataset.
+        error (`type`): what is raised.
+
+    Raises:
+        `error`
+    """
+    found = None if (Path(folder) / name).exists() else holds(folder)
+    if found is not None and expected not in found:
+        raise error(
+            f"The folder holds no {expected}.",
+            path=folder,
+            expected=name,
+            found=found,
+            remedy="check which folder is meant",
+        )
+
+
 def holds(folder: str | Path) -> str | None:
     """In words, what a folder holds of all that this library writes or reads; None where it is none of it."""
     found = _kind_of(Path(folder))
@@ -140,9 +165,9 @@ def _kind_of(folder: Path) -> str | None:
     def has(*names: str) -> bool:
         return any((folder / name).is_file() for name in names)
 
-    if has("demo.json"):
+    if has(DEMO_NAME):
         return "demo"
-    if has("study.json"):
+    if has(STUDY_NAME):
         return "study"
     if has(DELTA_DATASET_NAME) or any((folder / "data").glob("*-*-of-*.parquet")):
         return "delta_dataset"

@@ -15,20 +15,20 @@ from . import constants
 from .documents import as_written
 
 
-_open = with_config(ConfigDict(extra="allow"))
-_closed = with_config(ConfigDict(extra="forbid"))
+# Fields that are not named: kept, in what programs write; refused, in what people write.
+open_record = with_config(ConfigDict(extra="allow"))
+closed_record = with_config(ConfigDict(extra="forbid"))
 
 # Longer than any name, id or path; sentences are longer.
 Name = Annotated[str, Field(max_length=4096)]
 # In YAML: `id: 007` is a name.
 Written = Annotated[str, Field(min_length=1, max_length=4096), BeforeValidator(as_written)]
 Digest = Annotated[str, Field(max_length=128)]
-Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
-RepoId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.\-]{0,95}(/[\w.\-]{1,96})?$")]
+Commit = Annotated[str, Field(pattern=f"^{constants.COMMIT_PATTERN}$")]
+RepoId = Annotated[str, Field(pattern=f"^{constants.REPO_ID_PATTERN}$")]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Positive = Annotated[int, Field(ge=1, lt=2**53)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Split = Literal["train", "validation", "test"]
 Object = dict[str, Any]
 
@@ -40,7 +40,7 @@ MAX_WIDTH = 2**31
 # The Hub, adapters and roots
 
 
-@_open
+@open_record
 class OriginRecord(TypedDict):
     """`hub_origin.json`, and wherever an artifact names another: a version of a repository."""
 
@@ -50,7 +50,7 @@ class OriginRecord(TypedDict):
     private: NotRequired[bool | None]
 
 
-@_open
+@open_record
 class PullRecord(OriginRecord):
     """What `pull` remembers, in the user's own cache, of a folder that it wrote."""
 
@@ -58,7 +58,7 @@ class PullRecord(OriginRecord):
     files: dict[str, Digest]
 
 
-@_open
+@open_record
 class AdapterConfigRecord(TypedDict):
     """`adapter_config.json`. What peft's other fields may hold is decided by `LoraLayout`."""
 
@@ -67,7 +67,7 @@ class AdapterConfigRecord(TypedDict):
     target_modules: NotRequired[Name | list[Name] | None]
 
 
-@_open
+@open_record
 class RootFactsRecord(TypedDict):
     """What other artifacts say of the root that they were made from."""
 
@@ -77,14 +77,14 @@ class RootFactsRecord(TypedDict):
     base_fingerprint: Digest
 
 
-@_open
+@open_record
 class RootReferenceRecord(TypedDict):
     """The root that an adapter says that it started from."""
 
     fingerprint: NotRequired[Digest]
 
 
-@_open
+@open_record
 class RootRecord(RootFactsRecord):
     """`root.json`."""
 
@@ -93,7 +93,7 @@ class RootRecord(RootFactsRecord):
     peft_version: NotRequired[Name]
 
 
-@_open
+@open_record
 class HashRecord(TypedDict):
     """A client of a generated adapter of which no repository is named."""
 
@@ -101,14 +101,14 @@ class HashRecord(TypedDict):
     repo_id: NotRequired[None]
 
 
-@_open
+@open_record
 class ShiftFactsRecord(TypedDict):
     """Where a client lies among the shadows."""
 
     shift: Number
 
 
-@_open
+@open_record
 class RefinementRecord(TypedDict):
     """How one adapter was refined."""
 
@@ -117,7 +117,7 @@ class RefinementRecord(TypedDict):
     annotators: NotRequired[list[Name]]
 
 
-@_open
+@open_record
 class GeneratedRecord(TypedDict):
     """What a generated adapter says of how it was made."""
 
@@ -131,7 +131,7 @@ class GeneratedRecord(TypedDict):
     refinement: NotRequired[list[RefinementRecord] | None]
 
 
-@_open
+@open_record
 class AdapterMetadataRecord(TypedDict):
     """`grad_transformer.json` beside an adapter. The privacy statement is read by `adapters/privacy.py`."""
 
@@ -146,7 +146,7 @@ class AdapterMetadataRecord(TypedDict):
 # Shadow plans, runs and delta datasets
 
 
-@_open
+@open_record
 class SideRecord(TypedDict):
     """One model of a plan; its recipe is read by `FineTuningRecipe`."""
 
@@ -155,7 +155,7 @@ class SideRecord(TypedDict):
     numel: Positive
 
 
-@_open
+@open_record
 class DataRecord(TypedDict):
     """Where public rows came from."""
 
@@ -164,7 +164,7 @@ class DataRecord(TypedDict):
     num_rows: NotRequired[Count]
 
 
-@_open
+@open_record
 class PlannedRunRecord(TypedDict):
     """One shadow subset."""
 
@@ -176,7 +176,7 @@ class PlannedRunRecord(TypedDict):
     row_indices: Annotated[list[Count], Field(min_length=1)]
 
 
-@_open
+@open_record
 class PlanRecord(TypedDict):
     """`plan.json`."""
 
@@ -190,7 +190,7 @@ class PlanRecord(TypedDict):
     runs: Annotated[list[PlannedRunRecord], Field(min_length=1)]
 
 
-@_open
+@open_record
 class RunRecordFacts(TypedDict):
     """What stands in the header of a run's file."""
 
@@ -202,7 +202,7 @@ class RunRecordFacts(TypedDict):
     plan: Digest
 
 
-@_open
+@open_record
 class SplitRecord(TypedDict):
     """How much one split of a delta dataset holds."""
 
@@ -210,7 +210,7 @@ class SplitRecord(TypedDict):
     pairs: Positive
 
 
-@_open
+@open_record
 class DeltaDatasetRecord(TypedDict):
     """`delta_dataset.json`."""
 
@@ -229,7 +229,7 @@ class DeltaDatasetRecord(TypedDict):
 # Mappers
 
 
-@_open
+@open_record
 class LocalDatasetRecord(TypedDict):
     """The delta dataset of a mapper, where it came from no repository."""
 
@@ -238,7 +238,7 @@ class LocalDatasetRecord(TypedDict):
     plan_fingerprint: NotRequired[Digest]
 
 
-@_open
+@open_record
 class MapperConfigRecord(TypedDict):
     """`config.json` of a mapper. The backbone's own fields are checked by transformers, and against the weights."""
 
@@ -257,7 +257,7 @@ class MapperConfigRecord(TypedDict):
     delta_dataset: NotRequired[OriginRecord | LocalDatasetRecord | None]
 
 
-@_open
+@open_record
 class ModelConfigRecord(TypedDict):
     """`config.json` of any model, to tell a mapper from others, and what a card says of a mapper."""
 
@@ -267,7 +267,7 @@ class ModelConfigRecord(TypedDict):
     delta_dataset: NotRequired[OriginRecord | LocalDatasetRecord | None]
 
 
-@_open
+@open_record
 class TokenizerRecord(TypedDict):
     """`lora_delta_tokenizer.json`."""
 
@@ -281,7 +281,7 @@ class TokenizerRecord(TypedDict):
     recipe: NotRequired[Object | None]
 
 
-@_open
+@open_record
 class ShiftRecord(TypedDict):
     """`shift.json`."""
 
@@ -290,7 +290,7 @@ class ShiftRecord(TypedDict):
     num_heldout: Positive
 
 
-@_open
+@open_record
 class HeldoutRecord(TypedDict):
     """`heldout.json`; R² of controls stand in it as `r2_<name>`."""
 
@@ -312,14 +312,14 @@ def _controls_are_numbers(record: HeldoutRecord) -> HeldoutRecord:
 Heldout = Annotated[HeldoutRecord, AfterValidator(_controls_are_numbers)]
 
 
-@_open
+@open_record
 class TrainingLogRecord(TypedDict):
     """`training_log.json`."""
 
     log_history: list[Object]
 
 
-@_open
+@open_record
 class WeightIndexRecord(TypedDict):
     """`model.safetensors.index.json`."""
 
@@ -327,7 +327,7 @@ class WeightIndexRecord(TypedDict):
     weight_map: dict[str, Annotated[str, Field(pattern=r"^model-\d{5}-of-\d{5}\.safetensors$")]]
 
 
-@_open
+@open_record
 class ReportClientRecord(TypedDict):
     """What a card says of one client of a report."""
 
@@ -342,7 +342,7 @@ class ReportClientRecord(TypedDict):
     gap_too_small: NotRequired[bool]
 
 
-@_open
+@open_record
 class ReportRecord(TypedDict):
     """What a card says of `report.json`; the whole of it is read by `evaluation.Report`."""
 
@@ -351,7 +351,7 @@ class ReportRecord(TypedDict):
     clients: list[ReportClientRecord]
 
 
-@_open
+@open_record
 class TrainingIdentityRecord(TypedDict):
     """`training_identity.json`: what a training folder belongs to, and, once finished, what was found."""
 
@@ -364,7 +364,7 @@ class TrainingIdentityRecord(TypedDict):
 # The client's checkpoints, the lab, the demo and studies
 
 
-@_open
+@open_record
 class LabBaseRecord(TypedDict):
     """`base.json` of a base model of the lab."""
 
@@ -373,7 +373,7 @@ class LabBaseRecord(TypedDict):
     num_parameters: NotRequired[Count]
 
 
-@_open
+@open_record
 class DemoRecord(TypedDict):
     """`demo.json`."""
 
@@ -382,7 +382,7 @@ class DemoRecord(TypedDict):
     seconds: NotRequired[dict[str, Annotated[float, Field(ge=0)]]]
 
 
-@_open
+@open_record
 class WeakLabelsRecord(TypedDict):
     """A cache of what one TinyLM said."""
 
@@ -390,7 +390,7 @@ class WeakLabelsRecord(TypedDict):
     labels: NotRequired[list[str]]
 
 
-@_open
+@open_record
 class TrainerStateRecord(TypedDict):
     """`trainer_state.json` of transformers, in a checkpoint."""
 
@@ -402,7 +402,7 @@ class TrainerStateRecord(TypedDict):
 # What people write
 
 
-@_closed
+@closed_record
 class ClientEntry(TypedDict):
     """A client in the list that `evaluate` reads."""
 

@@ -371,7 +371,11 @@ class LoraDeltaTokenizer:
             statistics = load_tensors(path, shapes)
             tokenizer.mean_P, tokenizer.scale_L = statistics["mean"], statistics["scale"]
             if not bool((tokenizer.scale_L > 0).all()):
-                raise IncompleteArtifactError("The tokenizer's scales are not all above 0.", path=path)
+                raise IncompleteArtifactError(
+                    "The tokenizer's scales are not all above 0.",
+                    path=path,
+                    remedy="save or download the tokenizer again",
+                )
         return tokenizer
 
     def push_to_hub(

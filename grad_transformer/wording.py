@@ -70,6 +70,16 @@ def one_line(text: object, most: int = MAX_VALUE_CHARACTERS) -> str:
     return f"{line[: most - 3 - kept]} … {line[len(line) - kept :]}"
 
 
+def first_line(error: BaseException, most: int = 300) -> str:
+    """The first line of what an error says, shortened: other libraries write pages."""
+    return (str(error).strip().splitlines() or [""])[0][:most]
+
+
+def describe_error(error: BaseException) -> str:
+    """An error of another library for an error of ours: its kind, and its first line."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def describe_seconds(seconds: float) -> str:
     """A duration as people say it: `0.4 s`, `50 s`, `3 min 20 s`, `15 h`, `2 h 10 min`, `60 days`."""
     if seconds < 10:

@@ -15,13 +15,13 @@ from grad_transformer import constants
 from grad_transformer.documents import MAX_DEPTH, DocumentError, check_schema, parse_json, parse_yaml, source_text
 from grad_transformer.errors import FormatVersionError, IncompleteArtifactError, UsageError
 from grad_transformer.files import read_record, read_yaml
-from grad_transformer.schemas import FILES, ClientList, PlanRecord, RootRecord, _open
+from grad_transformer.schemas import FILES, ClientList, PlanRecord, RootRecord, open_record
 
 
 PACKAGE = Path(__file__).parents[1] / "grad_transformer"
 
 
-@_open
+@open_record
 class Sample(TypedDict):
     count: int
     share: float

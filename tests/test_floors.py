@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "grad_transformer"
 # modules that lie directly in the package are one folder. `__init__` is the public interface: it sees floors 0 to 4.
 FLOORS = {
     "constants": 0,
+    "checkpoints": 0,
     "documents": 0,
     "errors": 0,
     "lazy": 0,

@@ -122,7 +122,7 @@ def test_a_mapper_whose_answer_is_not_finite_makes_no_adapter(mapper, clients):
     target = mapper.tokenizers()[1]
     broken = torch.zeros(target.layout.numel)
     broken[3] = math.nan
-    with pytest.raises(UsageError, match="not finite"):
+    with pytest.raises(AdapterFormatError, match="not finite"):
         mapper.generate_adapter(clients, predict=lambda deltas_NP: broken[None])
 
 

@@ -21,10 +21,12 @@ import yaml
 from grad_transformer import GradTransformer, LoraAdapter
 from grad_transformer.adapters.privacy import statement_of
 from grad_transformer.constants import DELTA_DATASET_NAME
+from grad_transformer.evaluation.public import public_report
 from grad_transformer.evaluation.report import read_report
 from grad_transformer.finetuning import load_rows
 from grad_transformer.hub import push_folder
-from grad_transformer.scripts import evaluate, inspect, study
+from grad_transformer.scripts import inspect, study
+from grad_transformer.scripts._clients import read_clients
 from grad_transformer.shadow import ShadowPlan, load_delta_dataset, read_run
 from grad_transformer.shadow.run import load_plan_root
 
@@ -172,7 +174,7 @@ class CommandYaml(Kind):
 
         return [
             *(parse(name) for name in artifacts.COMMAND_YAML if changed(folder / f"{name}.yaml", self.valid(name))),
-            lambda: evaluate.read_clients(folder / "clients.yaml"),
+            lambda: read_clients(folder / "clients.yaml"),
         ]
 
     def valid(self, name: str) -> str:
@@ -228,7 +230,7 @@ def inspecting(folder: Path) -> Reading:
     return lambda: inspect.main(inspect.InspectArguments(path=str(folder)))
 
 
-def pushing(folder: Path, **options: Any) -> Reading:
+def pushing(folder: Path, *, report_dir: Path | None = None) -> Reading:
     """Everything that `push` does up to the network."""
 
     def publish(repo_id: str, make_files: Any, **_: Any) -> mock.Mock:
@@ -236,8 +238,9 @@ def pushing(folder: Path, **options: Any) -> Reading:
         return mock.Mock(revision="v1.0")
 
     def read() -> None:
+        report = None if report_dir is None else public_report(report_dir)
         with mock.patch("grad_transformer.hub.push.publish", publish):
-            push_folder(folder, "acme/pushed", **options)
+            push_folder(folder, "acme/pushed", report=report)
 
     return read
 

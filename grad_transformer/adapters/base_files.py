@@ -5,28 +5,20 @@ Of a repository nothing but configs, vocabularies, chat templates and safetensor
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-
 from ..constants import ADAPTER_CONFIG_NAME
 from ..errors import UsageError
-from ..hub.revisions import check_download, fetch, split_revision
-from ..hub.transfer import call_hub
+from ..hub.names import did_you_mean, is_repo_id, split_revision
+from ..hub.revisions import fetch
 
 
 # Configs, vocabularies, chat templates; no code.
 _CONFIG_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 _WEIGHT_FILES = ("model*.safetensors",)
-# Eight bytes a value, and a second copy; of a model with other parts (of vision, say), those too.
-_MAX_BYTES_PER_VALUE, _MAX_OTHER_BYTES = 16, 4 * 2**30
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -52,17 +44,6 @@ class BaseFiles:
 Source = str | Path | BaseFiles
 
 
-def is_repository_id(name: str) -> bool:
-    """Whether a name has the form of a repository on the Hub, and not that of a path."""
-    if re.search(r"\\|^[.~/]|/$|/.*/", name):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
 def locate(name_or_path: Source, *, revision: str | None = None, **hub_kwargs: Any) -> BaseFiles:
     """Find a model, and fetch its config and tokenizer files if it is on the Hub. No weight is downloaded.
 
@@ -83,13 +64,13 @@ def locate(name_or_path: Source, *, revision: str | None = None, **hub_kwargs: A
     else:
         name = split_revision(name_or_path)[0]
         is_file, beside = os.path.isfile(path), str(path.parent) != "." and os.path.isdir(path.parent)
-        if is_file or beside or not is_repository_id(name):
+        if is_file or beside or not is_repo_id(name):
             raise UsageError(
                 "There is no such model.",
                 path=str(name_or_path)[:300],
                 expected="a folder with a model in the format of transformers, or the id of a repository on the Hub",
                 found="a file" if is_file else "no such folder",
-                remedy=_did_you_mean(path, path.parent),
+                remedy=did_you_mean(path),
             )
         fetched = fetch(name_or_path, allow_patterns=_CONFIG_FILES, revision=revision, **hub_kwargs)
         assert fetched.origin is not None
@@ -99,7 +80,7 @@ def locate(name_or_path: Source, *, revision: str | None = None, **hub_kwargs: A
 
 
 def fetch_weights(found: BaseFiles, num_values: int, *, revision: str | None = None, **hub_kwargs: Any) -> None:
-    """Download the weights of a repository; refuse pickles, and files that cannot hold what the config describes.
+    """Download the weights of a repository, checked by size and hash; refuse pickles, and too little for the config.
 
     Args:
         found ([`BaseFiles`]): from [`locate`].
@@ -110,17 +91,9 @@ def fetch_weights(found: BaseFiles, num_values: int, *, revision: str | None = N
         [`UsageError`], [`HubError`]
     """
     if found.from_hub:
-        # Perhaps named by another party, who then decides what is downloaded.
-        most = _MAX_BYTES_PER_VALUE * num_values + _MAX_OTHER_BYTES
-        check_download(found.name, allow_patterns=_WEIGHT_FILES, max_bytes=most, revision=found.revision, **hub_kwargs)
-        call_hub(
-            snapshot_download,
-            found.name,
-            revision=found.revision,
-            allow_patterns=list(_WEIGHT_FILES),
-            about=found.name,
-            **hub_kwargs,
-        )
+        # In float64 at most, and room for headers.
+        max_bytes = 8 * num_values + 2**26
+        fetch(found.name, allow_patterns=_WEIGHT_FILES, revision=found.revision, max_bytes=max_bytes, **hub_kwargs)
     weights = [path for pattern in _WEIGHT_FILES for path in found.folder.glob(pattern)]
     if not weights:
         pickles = sorted(path.name for pattern in _PICKLES for path in found.folder.glob(pattern))
@@ -165,9 +138,3 @@ def _check_is_model(found: BaseFiles) -> None:
             found="no config.json",
             remedy=f"did you mean {Path(found.name, inside[0])}?" if inside else "check the name",
         )
-
-
-def _did_you_mean(path: Path, parent: Path) -> str:
-    names = [entry.name for entry in parent.iterdir() if entry.is_dir()] if os.path.isdir(parent) else []
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f"did you mean {parent / close[0]}?" if close else "check the spelling"

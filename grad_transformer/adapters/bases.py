@@ -24,6 +24,7 @@ from transformers import (
 
 from ..errors import GradTransformerError, UsageError
 from ..files import read_json
+from ..wording import describe_error, first_line
 from .base_files import BaseFiles, Source, fetch_weights, locate
 from .fingerprints import keep_fingerprints, recall_fingerprints, set_fingerprints
 
@@ -32,10 +33,10 @@ T = TypeVar("T")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
-# Greatest counts that a config may ask for, by a part of the field's name: modules are made one by one.
 _MAX_CONFIG_BYTES = 8 * 2**20
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
-_MOST = {"layer": 4096, "depth": 4096, "expert": 4096, "position": 2**26}
+# What a config may ask for: modules are made one by one, and some models compute a table of positions.
+_MOST_MODULES, _MOST_POSITIONS = 4096, 2**26
 
 
 def load_config(source: Source, **locate_kwargs: Any) -> PreTrainedConfig:
@@ -62,38 +63,64 @@ def load_config(source: Source, **locate_kwargs: Any) -> PreTrainedConfig:
     return config
 
 
-def check_config(values: Mapping[str, Any], *, path: str | Path | None = None) -> None:
+def check_config(
+    values: Mapping[str, Any],
+    *,
+    path: str | Path | None = None,
+    error: type[GradTransformerError] = UsageError,
+    most_layers: int = _MOST_MODULES,
+    most_positions: int = _MOST_POSITIONS,
+) -> None:
     """Refuse a config, perhaps of another party, that would fetch code or fill the memory, or that is quantised.
 
     Args:
         values (`Mapping`): the content of a `config.json`, before anything is made of it.
         path (`str` or `Path`, *optional*): named in errors.
+        error (`type`, *optional*): what is raised.
+        most_layers (`int`, *optional*, defaults to 4,096), most_positions (`int`, *optional*, defaults to 2^26): what
+            it may ask for.
 
     Raises:
-        [`UsageError`]
+        `error`
     """
-    for name, value in _fields(values):
-        most = next((limit for part, limit in _MOST.items() if part in name), None)
-        if type(value) is int and most is not None and value > most:
-            raise UsageError(
-                "The model's config is absurd.", path=path, expected=f"{name[:60]} up to {most}", found=str(value)[:30]
+    most = {"layer": most_layers, "depth": most_layers, "expert": _MOST_MODULES, "position": most_positions}
+    for name, value in config_fields(values):
+        limit = next((limit for part, limit in most.items() if part in name), None)
+        if type(value) is int and limit is not None and value > limit:
+            raise error(
+                "The model's config is absurd.",
+                path=path,
+                expected=f"{name[:60]} up to {limit}",
+                found=str(value)[:30],
+                remedy="download or save the model again",
             )
         if name.endswith(_IMPLEMENTATIONS) and isinstance(value, str) and "/" in value:
-            raise UsageError(
+            raise error(
                 "The model's config names compiled code on the Hub.",
                 path=path,
                 expected="an implementation that transformers has itself",
                 found=f"{name[:60]}: {value[:80]}",
                 remedy=f"take `{name[:60]}` out of its config.json",
             )
-    if values.get("quantization_config"):
-        raise UsageError(
-            "The model is quantised, so its weights are not those of the model that it was made from.",
-            path=path,
-            expected="an unquantised checkpoint",
-            found=str(values["quantization_config"])[:120],
-            remedy="give the original model; loading it in bfloat16 halves the memory of a float32 one",
-        )
+        if name == "quantization_config" and value:
+            raise error(
+                "The model is quantised, so its weights are not those of the model that it was made from.",
+                path=path,
+                expected="an unquantised checkpoint",
+                found=str(value)[:120],
+                remedy="give the original model; loading it in bfloat16 halves the memory of a float32 one",
+            )
+
+
+def config_fields(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Names and values of a config and of the configs inside it; items of a list have the list's name."""
+    if name:
+        yield name, value
+    if isinstance(value, Mapping) and depth < 8:
+        for key, item in value.items():
+            yield from config_fields(item, str(key), depth + 1)
+    elif isinstance(value, list | tuple):
+        yield from ((name, item) for item in value)
 
 
 def load_tokenizer(source: Source, **locate_kwargs: Any) -> PreTrainedTokenizerBase:
@@ -223,7 +250,7 @@ def check_device(device: str | torch.device | None = None) -> torch.device:
         raise UsageError(
             "There is no such device on this machine.",
             expected="cpu, or cuda, cuda:0, mps, ... where torch sees one",
-            found=f"{device}: {_first_line(cause)}",
+            found=f"{device}: {first_line(cause)}",
             remedy="leave the device out: the first GPU is taken, or the CPU",
         ) from cause
     if found.type == "meta":
@@ -288,21 +315,6 @@ def _loaded(path: str | Path | None, what: str, load: Callable[[], T]) -> T:
             expected="a causal language model with its tokenizer, in a folder or on the Hub"
             if what != "backbone"
             else "a pretrained encoder-decoder",
-            found=f"{type(cause).__name__}: {_first_line(cause)}",
+            found=describe_error(cause),
             remedy="check that its files are whole, and of an architecture that transformers knows",
         ) from cause
-
-
-def _fields(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Names and values of a config and of the configs inside it."""
-    if isinstance(value, Mapping) and depth < 8:
-        for key, item in value.items():
-            yield from _fields(item, str(key), depth + 1)
-    elif isinstance(value, list | tuple):
-        yield from ((name, item) for item in value)
-    else:
-        yield name, value
-
-
-def _first_line(cause: BaseException) -> str:
-    return (str(cause).strip().splitlines() or [""])[0][:300]

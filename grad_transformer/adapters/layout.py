@@ -1,7 +1,7 @@
 """`LoraLayout`: which tensors of a LoRA adapter form which block, and in what order.
 
-Both directions, `flatten` (named tensors to one
-vector) and `unflatten` (vector to named tensors), are built from the same list of `TensorSpec`.
+Both directions, `flatten` (named tensors to one vector) and `unflatten` (vector to named tensors), are built from the
+same list of `TensorSpec`. What a key says is in `keys.py`.
 
 Shape legend: `_P` all values of an adapter (`numel`), `_LD` L blocks of at most D values, R rank.
 """

@@ -25,6 +25,7 @@ from ..files import read_record, write_json_atomic
 from ..hub import Origin, fetch
 from ..hub.kinds import ROOT_FILES
 from ..schemas import RootRecord
+from ..wording import first_line
 from .adapter import LoraAdapter
 from .base_files import locate
 from .bases import load_causal_lm
@@ -251,7 +252,7 @@ def draw_adapter(model: PreTrainedModel, lora_config: LoraConfig, *, name: str) 
             "The LoRA config does not fit the base model.",
             path=name,
             expected="target modules that the model has",
-            found=(str(cause).splitlines() or [""])[0],
+            found=first_line(cause),
             remedy="see the names in model.named_modules()",
         ) from cause
 

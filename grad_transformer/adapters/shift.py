@@ -140,6 +140,7 @@ class ShiftReference:
                 "A shift cannot be measured with such shadow runs.",
                 expected=f"at least {MINIMUM_SHADOWS} training and 1 held-out delta of {layout.numel} values",
                 found=f"{tuple(train_NX.shape)}, {tuple(heldout_MX.shape)}",
+                remedy="hold out at least one run, and train on four or more",
             )
         mean_X = column_mean(train_NX)
         inverse_X = block_inverse_scale(train_NX, mean_X, layout.widths)
@@ -153,7 +154,12 @@ class ShiftReference:
         squares, vectors_NN = squares.flip(0).clamp(min=0), vectors_NN.flip(1)
         energy = squares.cumsum(0) / squares.sum()
         if not torch.isfinite(energy[-1]):
-            raise DeltaDatasetError("The shadow deltas are all the same.", expected="deltas that vary", found="none")
+            raise DeltaDatasetError(
+                "The shadow deltas are all the same.",
+                expected="deltas that vary",
+                found="none",
+                remedy="check that the shadow runs changed anything: learning_rate and max_steps of the recipe",
+            )
         # With as many directions as a quarter of the runs, their deviations can still be told from chance.
         count = max(1, min(int((energy < ENERGY).sum()) + 1, MAX_DIRECTIONS, len(train_NX) // 4))
         combinations_KN = vectors_NN[:, :count].T / squares[:count, None].sqrt()
@@ -321,6 +327,7 @@ def _check_tensors(tensors: Mapping[str, torch.Tensor], layout: LoraLayout) -> N
             "Not a record of shadow deltas.",
             expected=f"finite tensors {', '.join(needed)} for deltas of {layout.numel} values",
             found=", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(tensors.items())),
+            remedy="train or download the mapper again",
         )
 
 

@@ -81,6 +81,7 @@ class PrivacyArguments:
                 "Ghost clipping never sees the gradient of a group.",
                 expected="gradients hooks where rows are grouped",
                 found=f"gradients=ghost, group_column={self.group_column}",
+                remedy="leave dp_gradients out, or do not group the rows",
             )
 
     @property

@@ -8,20 +8,19 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import re
 import secrets
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, with_config
+from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
+from ..checkpoints import last_whole_checkpoint, numbered_checkpoints
 from ..constants import FORMAT_VERSION
 from ..errors import IncompleteArtifactError, UsageError
 from ..files import read_record, write_json_atomic
-from ..schemas import Count, Number
+from ..schemas import Count, Number, open_record
 from .output import Spent
 
 
@@ -29,11 +28,10 @@ RUN_NAME = "run.json"
 MANIFEST_NAME = "privacy_accounting.json"
 
 
-# As `Spent`, whose third field is 0 or 1 here.
-_Spent = Annotated[list[Number], Field(min_length=3, max_length=3)]
+_Spent = Annotated[list[Number | bool], Field(min_length=2, max_length=3)]
 
 
-@with_config(ConfigDict(extra="allow"))
+@open_record
 class _RunRecord(TypedDict):
     """`run.json`: whose checkpoints lie beside it."""
 
@@ -45,15 +43,12 @@ class _RunRecord(TypedDict):
     stated: NotRequired[dict[str, _Spent]]
 
 
-@with_config(ConfigDict(extra="allow"))
+@open_record
 class _ManifestRecord(TypedDict):
     """`privacy_accounting.json`: noise multiplier, sampling rate and steps so far; the size of every other file."""
 
     history: list[Annotated[list[Number], Field(min_length=3, max_length=3)]]
     sizes: dict[str, Count]
-
-
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def rows_digest(rows: Iterable[Any]) -> str:
@@ -85,7 +80,7 @@ def claim_folder(folder: str | Path, identity: Mapping[str, Any], *, output_dir:
     folder, place = Path(folder), _place(output_dir)
     path = folder / RUN_NAME
     if not path.is_file():
-        if _numbered(folder):
+        if numbered_checkpoints(folder):
             raise IncompleteArtifactError(
                 "The folder has checkpoints, and nothing that says whose they are.",
                 path=path,
@@ -96,7 +91,7 @@ def claim_folder(folder: str | Path, identity: Mapping[str, Any], *, output_dir:
         new: _RunRecord = {
             "key": key,
             "identity": _keyed(identity, key),
-            "spent_before": {place: _numbers(spent)},
+            "spent_before": {place: [*spent]},
             "delivered_steps": 0,
         }
         write_json_atomic(path, {"format_version": FORMAT_VERSION, **new})
@@ -121,24 +116,23 @@ def claim_folder(folder: str | Path, identity: Mapping[str, Any], *, output_dir:
             found=last or "no checkpoint",
             remedy="choose an empty --dp_checkpoint_dir",
         )
-    before = run["spent_before"]
-    if place not in before or run.get("stated", {}).get(place) != _numbers(spent):
-        before[place] = _numbers(spent)
+    before, stated = run["spent_before"], run.get("stated", {}).get(place)
+    if place not in before or (Spent() if stated is None else _spent(stated)) != spent:
+        before[place] = [*spent]
         write_json_atomic(path, dict(run))
-    epsilon, delta, unbounded = before[place]
-    return Spent(epsilon, delta, bool(unbounded))
+    return _spent(before[place])
 
 
 def record_delivery(folder: str | Path, steps: int, *, output_dir: str | Path, stated: Spent) -> None:
     """Say in a claimed folder that an adapter leaves after so many steps, and what it states, before it does."""
     path = Path(folder) / RUN_NAME
     run = read_record(path, _RunRecord)
-    everywhere = {**run.get("stated", {}), _place(output_dir): _numbers(stated)}
+    everywhere = {**run.get("stated", {}), _place(output_dir): [*stated]}
     write_json_atomic(path, {**run, "delivered_steps": steps, "stated": everywhere})
 
 
-def _numbers(spent: Spent) -> list[float]:
-    return [spent.epsilon, spent.delta, float(spent.unbounded)]
+def _spent(entry: Sequence[float | bool]) -> Spent:
+    return Spent(entry[0], entry[1], *map(bool, entry[2:]))
 
 
 def _place(output_dir: str | Path) -> str:
@@ -165,27 +159,26 @@ def read_history(checkpoint: str | Path) -> list[tuple[float, float, int]]:
         found = (path.parent / name).stat().st_size if (path.parent / name).is_file() else "no file"
         if found != size:
             raise IncompleteArtifactError(
-                "The checkpoint is not whole.", path=path.parent / name, expected=f"{size} bytes", found=found
+                "The checkpoint is not whole.",
+                path=path.parent / name,
+                expected=f"{size} bytes",
+                found=found,
+                remedy="go on from an earlier one, or choose an empty --dp_checkpoint_dir",
             )
     return [(noise, rate, int(steps)) for noise, rate, steps in manifest["history"]]
 
 
-def last_whole(folder: str | Path) -> str | None:
+def last_whole(folder: str | Path) -> Path | None:
     """The last checkpoint that was written to its end; those that were not are removed."""
-    for checkpoint in _numbered(Path(folder)):
-        try:
-            read_history(checkpoint)
-        except IncompleteArtifactError:
-            shutil.rmtree(checkpoint, ignore_errors=True)
-        else:
-            return str(checkpoint)
-    return None
+    return last_whole_checkpoint(folder, _is_whole, remove_others=True)
 
 
-def _numbered(folder: Path) -> list[Path]:
-    """Checkpoints, the last first."""
-    found = [(int(match[1]), path) for path in folder.glob("*") if (match := _CHECKPOINT.fullmatch(path.name))]
-    return [path for _, path in sorted(found, reverse=True)]
+def _is_whole(checkpoint: Path, step: int) -> bool:
+    try:
+        read_history(checkpoint)
+    except IncompleteArtifactError:
+        return False
+    return True
 
 
 def _keyed(identity: Mapping[str, Any], key: str) -> dict[str, str]:

@@ -28,6 +28,7 @@ def rows_by_group(rows: Dataset | Sequence[Mapping[str, Any]], column: str) -> l
             "The rows have no such column to group them by.",
             expected=f"a column `{column}`",
             found=", ".join(map(str, columns)) or "no columns",
+            remedy="name one of these columns with --dp_group_column",
         )
     values = rows[column] if isinstance(rows, Dataset) else [row.get(column) for row in rows]
     groups: dict[str, list[int]] = {}

@@ -33,6 +33,7 @@ def check_outside(checkpoint_dir: str | Path, output_dir: str | Path) -> None:
             "Checkpoints are private, and would lie in the folder that leaves.",
             path=checkpoint_dir,
             expected=f"a folder outside {output_dir}",
+            remedy="choose another --dp_checkpoint_dir, beside the folder of the adapter",
         )
 
 

@@ -22,8 +22,7 @@ from ..adapters import LoraAdapter, PrivacyStatement
 from ..constants import CARD_NAME, SOURCE_FOLDER
 from ..errors import UsageError
 from ..files import write_text_atomic
-from ..finetuning import FineTuningRecipe, SftResult, check_rows, read_adapter_tensors, tokenize_rows
-from ..finetuning.models import check_tokens
+from ..finetuning import FineTuningRecipe, SftResult, check_rows, check_tokens, read_adapter_tensors, tokenize_rows
 from ..finetuning.sft import check_result, check_supported
 from ..outputs import prepare_output
 from ..tokenization_lora_delta import LoraDeltaTokenizer
@@ -127,7 +126,7 @@ def finetune_client_privately(
         check_outside(checkpoint_dir, output_dir)
         with disk_errors():
             earlier = claim_folder(checkpoint_dir, identity, output_dir=output_dir, spent=earlier)
-    terms = task.terms(privacy=privacy, noise=noise, num_units=num_units, earlier=earlier)
+    terms = task.terms(base_model=base_model, privacy=privacy, noise=noise, num_units=num_units, earlier=earlier)
     agree(terms, accept_recipe)
     model, text_tokenizer = task.load(base_model=base_model, dtype=dtype, device=device)
     check_supported(model.get_base_model(), task.root)
@@ -138,8 +137,10 @@ def finetune_client_privately(
             settings |= {"eval_strategy": "steps", "eval_steps": interval, "metric_for_best_model": "eval_loss"}
         max_length = task.recipe.max_length
         tokens = tokenize_rows(task.rows, text_tokenizer, max_length)
-        check_tokens(tokens, model.get_base_model())
         deciding = None if eval_rows is None else tokenize_rows(check_rows(eval_rows), text_tokenizer, max_length)
+        for tokenized in (tokens, deciding):
+            if tokenized is not None:
+                check_tokens(tokenized, model.get_base_model())
         trainer = PrivateSFTTrainer(
             model,
             task.recipe.to_sft_config(folder, seed=0, **{**settings, **sft_config}),
@@ -151,7 +152,8 @@ def finetune_client_privately(
             callbacks=None if early_stopping_patience is None else [EarlyStoppingCallback(early_stopping_patience)],
         )
         with disk_errors():
-            trainer.train(resume_from_checkpoint=last_whole(folder))
+            checkpoint = last_whole(folder)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         tensors = read_adapter_tensors(model, root=task.root)
         trainer.accelerator.free_memory()
     model.eval()

@@ -127,6 +127,7 @@ def generate_tokens(
             f"The prompt of row {prompt_ids.index([])} has no tokens.",
             expected="a prompt that the tokenizer does not drop",
             found=repr(prompts[prompt_ids.index([])].text[:80]),
+            remedy="drop the row",
         )
     # Prompts of like length share a batch, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda row: len(prompt_ids[row]))
@@ -207,7 +208,11 @@ def check_scorable(tokenizer: PreTrainedTokenizerBase, rows: Rows, *, path: str 
     for number, (_, completion) in enumerate(texts):
         if not completion:
             raise DataError(
-                f"The completion of row {number} is empty.", path=path, expected="text to compare with", found="none"
+                f"The completion of row {number} is empty.",
+                path=path,
+                expected="text to compare with",
+                found="none",
+                remedy="drop the row, or give it an answer",
             )
 
 

@@ -18,10 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..adapters import Root
-from ..adapters.base_files import Source, is_repository_id, locate
+from ..adapters.base_files import Source, locate
 from ..adapters.bases import load_causal_lm, load_tokenizer
 from ..adapters.lora_config import LORA_FIELDS
 from ..errors import AdapterFormatError, BaseModelMismatchError, DataError, RecipeError, UsageError
+from ..hub.names import is_repo_id, split_revision
+from ..hub.revisions import check_repo_id
+from ..wording import first_line
 
 
 logger = logging.get_logger(__name__)
@@ -71,7 +74,7 @@ def load_root_base(
     """
     preview = preview_base(root, base_model=base_model)
     if preview.place == "hub" and base_model is None:
-        logger.warning(f"{preview.describe()}.")
+        logger.warning(f"Base model: {preview.describe()}.")
     files = locate(preview.name, revision=preview.revision)
     model = load_causal_lm(files, dtype=dtype, device=device)
     root.check_base(model)
@@ -99,17 +102,19 @@ class BasePreview:
             "hub": "to be downloaded from the Hub",
         }
         version = "" if self.place == "folder" else f" at {self.revision or 'its newest revision'}"
-        return f"Base model {self.name}{version}: {where[self.place]}"
+        return f"{self.name}{version}, {where[self.place]}"
 
 
 def preview_base(root: Root, *, base_model: str | Path | None = None) -> BasePreview:
     """Say which base model [`load_root_base`] will load. Nothing is downloaded, and the Hub is not asked.
 
     Raises:
-        [`UsageError`]: a mapper from the Hub names a path, on a machine that is not this one.
+        [`UsageError`]: a mapper from the Hub names a path, on a machine that is not this one; or there is no such
+            folder, and it can be no repository.
     """
-    name, revision = (root.base_model, root.base_revision) if base_model is None else (str(base_model), None)
-    if base_model is None and root.origin is not None and not is_repository_id(name):
+    name = root.base_model if base_model is None else str(base_model)
+    revision = root.base_revision if name == root.base_model else None
+    if base_model is None and root.origin is not None and not is_repo_id(name):
         raise UsageError(
             "The mapper names a path as its base model.",
             path=root.origin.repo_id,
@@ -119,7 +124,10 @@ def preview_base(root: Root, *, base_model: str | Path | None = None) -> BasePre
         )
     if os.path.isdir(os.path.expanduser(name)):
         return BasePreview(name, None, "folder")
-    cached = is_repository_id(name) and isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+    name, named = split_revision(name, repo_type="model")
+    check_repo_id(name)
+    revision = named or revision
+    cached = isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
     return BasePreview(name, revision, "cache" if cached else "hub")
 
 
@@ -147,15 +155,21 @@ def check_tokens(tokens: Dataset, model: PreTrainedModel) -> None:
     Raises:
         [`DataError`]
     """
-    known, column = num_embeddings(model), tokens.with_format("arrow")[:].column("input_ids")
+    column = tokens.with_format("arrow")[:].column("input_ids")
     greatest = pyarrow.compute.max(pyarrow.compute.list_flatten(column)).as_py()
-    if greatest is not None and greatest >= known:
-        index = next(index for index, ids in enumerate(column) if greatest in ids.as_py())
+    if greatest is not None and greatest >= num_embeddings(model):
+        check_token(greatest, model, row=next(row for row, ids in enumerate(column) if greatest in ids.as_py()))
+
+
+def check_token(token: int, model: PreTrainedModel, *, row: int) -> None:
+    """Raises [`DataError`] where a model, which needs no weights for that, has no embedding for a row's token."""
+    known = num_embeddings(model)
+    if token >= known:
         raise DataError(
-            f"Row {index} has a token that the base model does not know.",
+            f"Row {row} has a token that the base model does not know.",
             path=model.config.name_or_path,
             expected=f"tokens below {known}, the size of the model's embedding",
-            found=greatest,
+            found=token,
             remedy="use the tokenizer that the base model came with; tokens added later need new embeddings",
         )
 
@@ -199,7 +213,8 @@ def _attach(model: PreTrainedModel, root: Root) -> PeftModel:
             "The root's adapter cannot be put on its base model.",
             path=model.config.name_or_path,
             expected=f"{len(modules)} modules that the base model has, and a lora_dropout from 0 to 1",
-            found=(str(cause).splitlines() or [""])[0][:300],
+            found=first_line(cause),
+            remedy="ask the provider for a mapper of this base model, or download it again",
         ) from cause
     state = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     found, expected = {key: tuple(value.shape) for key, value in state.items()}, {s.key: s.shape for s in specs}

@@ -19,7 +19,9 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..documents import strict_json
 from ..errors import DataError
+from ..wording import describe_error, first_line
 
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -89,7 +91,12 @@ def find_files(path: Path, split: str) -> list[Path]:
         here = _row_files(path)
         files = here or (_row_files(path / "data") if (path / "data").is_dir() else [])
     except OSError as cause:
-        raise DataError("The folder cannot be read.", path=path, found=cause.strerror) from cause
+        raise DataError(
+            "The folder cannot be read.",
+            path=path,
+            found=cause.strerror,
+            remedy="see who may read it, or name a file in place of the folder",
+        ) from cause
     if not files or len(files) > MAX_FILES:
         saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
         raise DataError(
@@ -148,7 +155,7 @@ def read_files(files: Sequence[Path], choose: Choose = list) -> Iterator[SourceR
                 "The file cannot be read.",
                 path=path,
                 expected=f"a whole {kind_of(path)} file",
-                found=f"{type(cause).__name__}: {_first_line(cause)}",
+                found=describe_error(cause),
                 remedy="write or copy it again",
             ) from cause
 
@@ -250,14 +257,10 @@ def _decode(line: bytes, number: int) -> str:
 # JSON
 
 
-def parse_json(text: str, place: str) -> Any:
-    """Strict JSON: no NaN, no key twice, no halves of surrogate pairs.
-
-    Raises:
-        [`DataError`] by way of [`read_files`].
-    """
+def _parse_json(text: str, place: str) -> Any:
+    """JSON of rows, whose text may hold any character: what may not be trained on is refused by `columns.py`."""
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+        return strict_json(text)
     except json.JSONDecodeError as cause:
         where = f"column {cause.colno}" if cause.lineno == 1 else f"line {cause.lineno}, column {cause.colno}"
         raise _CannotRead(
@@ -266,27 +269,14 @@ def parse_json(text: str, place: str) -> Any:
             found=f"{cause.msg} at {where}",
         ) from cause
     except (ValueError, RecursionError) as cause:
-        found = "too deep nesting" if isinstance(cause, RecursionError) else _first_line(cause)
+        found = "too deep nesting" if isinstance(cause, RecursionError) else first_line(cause)
         raise _CannotRead(f"{place[:1].upper()}{place[1:]} is not valid JSON.", found=found) from cause
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice[:40]!r} twice in one object")
-    return values
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name}, which is no number of JSON")
 
 
 def _json_lines(lines: Iterator[tuple[int, str]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for number, line in lines:
         if line.strip():
-            yield _json_row(parse_json(line, f"line {number}"), f"line {number}")
+            yield _json_row(_parse_json(line, f"line {number}"), f"line {number}")
 
 
 def _json_row(value: Any, place: str) -> tuple[str, Mapping[str, Any]]:
@@ -318,7 +308,7 @@ def _json_rows(file: BinaryIO) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if first.startswith("{") and first.rstrip().endswith("}") and rest.strip():
         yield from _json_lines(enumerate(text.split("\n"), start=1))
         return
-    value = parse_json(text, "the file")
+    value = _parse_json(text, "the file")
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
     if isinstance(value, dict):
@@ -420,7 +410,3 @@ def _parquet_rows(path: Path, choose: Choose) -> Iterator[tuple[str, Mapping[str
             for row in batch.to_pylist():
                 yield f"row {number}", row
                 number += 1
-
-
-def _first_line(cause: BaseException) -> str:
-    return (str(cause).strip().splitlines() or [""])[0][:200]

@@ -18,8 +18,10 @@ from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 
 from ..errors import DataError, GradTransformerError
+from ..files import nearest_path
 from ..hub import resolve
 from ..hub.transfer import TRANSFER_ERRORS, redact
+from ..wording import describe_error
 from .columns import ColumnNames
 from .reading import KINDS, Choose, SourceRow, find_files, kind_of, read_files
 
@@ -84,6 +86,7 @@ class RowSource:
                 path=source.path,
                 expected="one",
                 found=", ".join(sorted(revisions if len(revisions) > 1 else names)),
+                remedy="give it once: in the name, or with the flag",
             )
         return replace(source, path=found["path"], revision=next(iter(revisions), None), name=next(iter(names), None))
 
@@ -209,13 +212,12 @@ def _no_such_file(text: str) -> DataError:
         beside = [file.name for file in path.parent.iterdir() if kind_of(file) or file.is_dir()]
     except (OSError, ValueError):
         beside = []
-    close = difflib.get_close_matches(path.name, beside, n=1)
     return DataError(
         "There is no such file or folder of rows.",
         path=text,
         expected="a file, a folder, or a dataset on the Hub as org/name, org/name:configuration or org/name@revision",
         found="nothing",
-        remedy=f"did you mean {path.parent / close[0]}?" if close else "check the spelling",
+        remedy=nearest_path(path, beside),
     )
 
 
@@ -225,4 +227,4 @@ def _innermost(cause: BaseException) -> str:
         if cause.__cause__ is None:
             break
         cause = cause.__cause__
-    return redact(f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0][:200]}")
+    return redact(describe_error(cause))

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..errors import DataError
+from ..wording import describe_error
 from .columns import COMPLETION, PROMPT, TOOLS
 
 
@@ -253,12 +254,11 @@ def _render(
             list(messages), tools=tools or None, tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except _TEMPLATE_ERRORS as cause:
-        lines = str(cause).strip().splitlines()
         raise DataError(
             f"The chat template of the base model refuses row {index}.",
             path=tokenizer.name_or_path,
             expected=f"messages that it can render (roles here: {', '.join(str(m.get('role')) for m in messages)})",
-            found=f"{type(cause).__name__}: {lines[0][:200] if lines else ''}",
+            found=describe_error(cause),
             remedy="change or drop the row, or use another base model",
         ) from cause
 

@@ -29,6 +29,7 @@ from ..constants import (
     REPORT_NAME,
 )
 from ..errors import UsageError
+from ..wording import describe_error
 from .adapter_facts import adapter_facts
 from .card_facts import Facts, delta_dataset_facts, mapper_facts
 from .fields import Fields
@@ -173,7 +174,7 @@ def _card_errors(repo_id: str) -> Iterator[None]:
             "The card's metadata cannot be read.",
             path=f"{repo_id}/{CARD_NAME}",
             expected="UTF-8, with valid YAML between the first two --- lines",
-            found=f"{type(cause).__name__}: {ascii(str(cause))[1:121]}",
+            found=describe_error(cause),
             remedy=f"mend or delete {CARD_NAME} in the repository, and push again",
         ) from cause
 

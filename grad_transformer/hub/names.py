@@ -10,12 +10,14 @@ from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import constants
 
+from ..constants import COMMIT_PATTERN, REPO_ID_PATTERN
 from ..errors import HubError, UsageError
+from ..files import nearest_path
 
 
-_REPO_ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}(?:/[A-Za-z0-9_][\w.-]{0,95})?", re.ASCII)
+_REPO_ID = re.compile(REPO_ID_PATTERN)
 _REVISION = re.compile(r"[A-Za-z0-9_][\w.+/=-]{0,199}", re.ASCII)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_COMMIT = re.compile(COMMIT_PATTERN)
 _FILE_PART = re.compile(r"[\w.+=@,()~ -]{1,200}", re.ASCII)
 
 _ADDRESS = re.compile(
@@ -77,7 +79,13 @@ def check_file_names(names: Iterable[str], *, path: str | Path) -> None:
             )
         folder = next((above for above in _folders_above(name) if above in known), None)
         if folder is not None:
-            raise HubError("A file is also a folder.", path=path, expected="one of both", found=ascii(folder[:120]))
+            raise HubError(
+                "A file is also a folder.",
+                path=path,
+                expected="one of both",
+                found=ascii(folder[:120]),
+                remedy="do not use this repository, or ask its owner to rename the file",
+            )
 
 
 def _folders_above(name: str) -> list[str]:
@@ -152,6 +160,16 @@ def looks_like_path(name: str) -> bool:
         or re.match(r"[A-Za-z]:", name) is not None
         or _exists(str(Path(name).parent))
     )
+
+
+def did_you_mean(path: str | Path) -> str:
+    """A remedy for a folder that is not there: the one beside it whose name is nearly the same."""
+    path = Path(path)
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    except (OSError, ValueError):
+        names = []
+    return nearest_path(path, names)
 
 
 def _exists(text: str) -> bool:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..constants import REPORT_FOLDER, REPORT_NAME
 from ..errors import UsageError
-from ..files import parse_record, read_record
+from ..files import parse_record, read_json
 from ..schemas import FILES, Object
 from .fields import Fields
-from .scan import find_private, find_private_in_file
+from .scan import find_private, find_private_in_file, texts_in
 
 
 # A text that is a path as a whole: of it the last part stays.
@@ -37,7 +37,7 @@ def public_files(files: Mapping[str, Path | bytes]) -> dict[str, Path | bytes]:
         if name.endswith(".json"):
             data = read_public_json(name, content)
             shown = without_paths(data)
-            found = next((found for text in _texts(shown) if (found := find_private(text))), None)
+            found = next((found for text in texts_in(shown) if (found := find_private(text))), None)
             if shown != data:
                 public[name] = (json.dumps(shown, indent=2, allow_nan=False) + "\n").encode()
             if name == f"{REPORT_FOLDER}/{REPORT_NAME}":
@@ -59,9 +59,9 @@ def read_public_json(name: str, content: Path | bytes) -> dict[str, Any]:
     Raises:
         [`UsageError`]: it is damaged.
     """
-    schema = FILES.get(name.rsplit("/", 1)[-1], Object)
     if isinstance(content, Path):
-        return dict(read_record(content, schema, error=UsageError))
+        return read_json(content, error=UsageError)
+    schema = FILES.get(name.rsplit("/", 1)[-1], Object)
     return dict(parse_record(content, schema, path=name, error=UsageError))
 
 
@@ -74,17 +74,6 @@ def without_paths(value: Any, *, is_place: bool = False) -> Any:
     if isinstance(value, str) and (_WHOLE_PATH.fullmatch(value) or (is_place and _DEEP_PATH.fullmatch(value))):
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     return value
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        yield from value
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
-    elif isinstance(value, str):
-        yield value
 
 
 def _check_nameless(report: Any, name: str) -> None:

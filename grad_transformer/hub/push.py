@@ -70,9 +70,19 @@ def push_folder(
     local = files_of(folder, found)
     if report is not None:
         if found.name != "mapper":
-            raise UsageError("Only a mapper is published with a report.", path=folder, found=found.name)
+            raise UsageError(
+                "Only a mapper is published with a report.",
+                path=folder,
+                found=found.name,
+                remedy="leave the report out",
+            )
         if not set(report) <= {REPORT_NAME, *FIGURES}:
-            raise UsageError("The report has other files.", expected=(REPORT_NAME, *FIGURES), found=sorted(report))
+            raise UsageError(
+                "The report has other files.",
+                expected=(REPORT_NAME, *FIGURES),
+                found=sorted(report),
+                remedy="make it with grad_transformer.evaluation.public.public_report",
+            )
         local |= {f"{REPORT_FOLDER}/{name}": content for name, content in report.items()}
     facts = public_files({name: content for name, content in local.items() if name != CARD_NAME})
 

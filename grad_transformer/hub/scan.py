@@ -22,6 +22,7 @@ from huggingface_hub import get_token
 
 from ..documents import parse_json
 from ..errors import UsageError
+from ..wording import describe_error
 
 
 # Each begins with a fixed text: such a pattern is searched for at the speed of memory.
@@ -89,7 +90,7 @@ def find_private_in_file(name: str, content: Path | bytes) -> str | None:
         raise UsageError(
             f"{name} cannot be read, so that it is not known what it would publish.",
             expected="a whole file of the kind that its name says",
-            found=f"{type(cause).__name__}: {str(cause)[:120]}",
+            found=describe_error(cause),
             remedy="write the file again",
         ) from cause
     return _in_bytes(content)
@@ -150,21 +151,22 @@ def _parquet(content: Path | bytes) -> Iterator[str]:
         strings = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
         for batch in table.iter_batches(batch_size=1024, columns=strings) if strings else ():
             for column in batch.columns:
-                yield from _texts(column.unique().to_pylist() if _is_flat(column.type) else column.to_pylist())
+                yield from texts_in(column.unique().to_pylist() if _is_flat(column.type) else column.to_pylist())
 
 
 def _is_flat(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def _texts(value: object) -> Iterator[str]:
+def texts_in(value: object) -> Iterator[str]:
+    """Every text in a value of JSON or Arrow, keys too."""
     if isinstance(value, bytes):
         yield value.decode("utf-8", "replace")
     elif isinstance(value, dict):
-        yield from _texts(list(value.items()))
+        yield from texts_in(list(value.items()))
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _texts(item)
+            yield from texts_in(item)
     elif isinstance(value, str):
         yield value
 

@@ -41,6 +41,7 @@ def read_clients(path: str | Path) -> list[dict[str, str]]:
                 path=path,
                 expected="unique ids",
                 found=f"entries {first} and {number}",
+                remedy="give each client an id of its own",
             )
     return clients
 

@@ -250,9 +250,6 @@ class CommandParser(argparse.ArgumentParser):
         return f"did you mean {close[0]}? see `{self.prog} --help`" if close else f"see `{self.prog} --help`"
 
 
-# Names of torch's dtypes that weights can be computed in.
-FLOAT_DTYPES = ("float32", "bfloat16", "float16", "float64")
-
 _SAME_WITH_HYPHENS = re.compile(r"(--\w+)/--[\w-]+")
 _HELP_ALL = "Show all arguments, also those of transformers' TrainingArguments."
 

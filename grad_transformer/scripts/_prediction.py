@@ -43,7 +43,10 @@ class Prediction:
             )
         if method == "best" and refinement.refine_data is None:
             raise UsageError(
-                "`--method best` compares candidates on public prompts.", expected="--refine_data", found="none"
+                "`--method best` compares candidates on public prompts.",
+                expected="--refine_data",
+                found="none",
+                remedy="give public prompts with --refine_data, or choose another --method",
             )
         self._predictors, self._annotators = {}, {}
         if dataset is not None:

@@ -128,7 +128,10 @@ def _check_trackers(report_to: str | list[str] | None) -> None:
             continue
         if name not in INTEGRATION_TO_CALLBACK:
             raise UsageError(
-                "There is no such experiment tracker.", expected=", ".join(INTEGRATION_TO_CALLBACK), found=name
+                "There is no such experiment tracker.",
+                expected=", ".join(INTEGRATION_TO_CALLBACK),
+                found=name,
+                remedy="check the spelling, or leave --report_to out",
             )
         if name not in (*get_available_reporting_integrations(), "flyte"):
             raise UsageError(

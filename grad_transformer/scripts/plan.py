@@ -145,7 +145,6 @@ def main(args: PlanArguments, columns: RowFlags) -> CommandResult:
         seed=args.seed,
         validation_fraction=args.validation_fraction,
         test_fraction=args.test_fraction,
-        recipes=tuple(recipes.values()),
     )
     modules: str | list[str] = "all-linear" if args.target_modules == ["all-linear"] else args.target_modules
     adapter = LoraConfig(

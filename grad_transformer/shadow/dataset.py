@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +17,11 @@ from ..adapters import LoraLayout, Root
 from ..adapters.io import atomic_write, member, read_record, write_json_atomic, write_text_atomic
 from ..adapters.rows import DeltaRows, text_column
 from ..constants import DELTA_DATASET_NAME, FORMAT_VERSION, PLAN_NAME
-from ..errors import DeltaDatasetError
+from ..errors import DeltaDatasetError, IncompleteArtifactError
 from ..hub import KINDS, Origin, fetch
+from ..hub.hashes import file_sha256
 from ..locks import sole_writer
-from ..outputs import prepare_output
+from ..outputs import check_manifest, prepare_output
 from ..schemas import DeltaDatasetRecord
 from .identity import dataset_fingerprint
 from .parquet import checked_ids, load_splits, schema_of, stream_splits
@@ -112,7 +112,11 @@ class DeltaDataset:
         values_NP = DeltaRows(rows, column).to_tensor()
         for chunk_BP in values_NP.split(_CHECKED_ROWS):
             if not bool(torch.isfinite(chunk_BP).all()):
-                raise DeltaDatasetError("The delta dataset holds NaN or infinite values.", path=self.folder)
+                raise DeltaDatasetError(
+                    "The delta dataset holds NaN or infinite values.",
+                    path=self.folder,
+                    remedy="build or download the dataset again; a run that diverged has to be done again",
+                )
         return values_NP
 
     def tuning_pairs(self) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -202,7 +206,7 @@ def _build(plan: ShadowPlan, plan_dir: str | Path, folder: Path, allow_missing: 
                     bar.update()
                 if tables:
                     _write_groups(writer, tables)
-            files[str(path.relative_to(folder))] = _sha256(path)
+            files[str(path.relative_to(folder))] = file_sha256(path)
     manifest = {
         "format_version": FORMAT_VERSION,
         "plan_fingerprint": plan.fingerprint,
@@ -259,6 +263,7 @@ def load_delta_dataset(
         patterns = tuple(pattern for pattern in patterns if not pattern.endswith(".parquet"))
     fetched = fetch(name_or_path, allow_patterns=patterns, repo_type="dataset", revision=revision, **hub_kwargs)
     folder = fetched.folder
+    check_manifest(folder, DELTA_DATASET_NAME, "delta dataset", error=IncompleteArtifactError)
     manifest: dict[str, Any] = dict(read_record(folder / DELTA_DATASET_NAME, DeltaDatasetRecord))
     # Datasets of earlier versions do not carry it.
     if "fingerprint" in manifest and manifest["fingerprint"] != dataset_fingerprint(manifest):
@@ -275,7 +280,7 @@ def load_delta_dataset(
         return replace(dataset, splits=stream_splits(fetched, manifest, schema, hub_kwargs.get("token")))
     for name, digest in manifest["files"].items():
         path = member(folder, name, error=DeltaDatasetError)
-        found = _sha256(path) if path.is_file() else "no file"
+        found = file_sha256(path) if path.is_file() else "no file"
         if found != digest:
             raise DeltaDatasetError(
                 "A file of the delta dataset is missing or was changed.",
@@ -334,14 +339,6 @@ def _run_table(
 def _write_groups(writer: pq.ParquetWriter, tables: list[pa.Table]) -> None:
     table = pa.concat_tables(tables)
     writer.write_table(table, row_group_size=max(1, _ROW_GROUP_BYTES * len(table) // table.nbytes))
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _card(manifest: dict[str, Any]) -> str:

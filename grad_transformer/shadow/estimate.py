@@ -199,13 +199,6 @@ def assumptions(device_name: str, mfu: float, completion_share: float = 0.5) -> 
     ]
 
 
-def format_hours(hours: float) -> str:
-    """`"12 minutes"`, `"3.4 hours"`, `"145 hours"`, `"12,300 hours"`."""
-    if hours < 1:
-        return f"{max(60 * hours, 0.1):.1f} minutes" if hours < 1 / 6 else f"{60 * hours:.0f} minutes"
-    return f"{hours:.1f} hours" if hours < 10 else f"{hours:,.0f} hours"
-
-
 def estimate_table(sides: Mapping[str, SideEstimate]) -> list[list[Any]]:
     """Rows of label, TinyLM, LLM."""
     both = list(sides.values())

@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from .. import errors
 from ..errors import GradTransformerError, UsageError, WorkerLostError
+from ..wording import first_line
 
 
 logger = logging.get_logger(__name__)
@@ -219,7 +220,7 @@ class RayWorkers:
             return slot, False, self._ray.get(done)
         except self._ray.exceptions.RayActorError as cause:
             del self._actors[slot]
-            logger.warning(f"Worker {slot} was lost: {str(cause).splitlines()[0]}")
+            logger.warning(f"Worker {slot} was lost: {first_line(cause)}")
             return slot, True, None
 
     def close(self) -> None:

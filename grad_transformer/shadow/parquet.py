@@ -20,6 +20,7 @@ from ..adapters.io import member
 from ..adapters.rows import text_column
 from ..errors import DeltaDatasetError, GradTransformerError
 from ..hub import Fetched
+from ..wording import describe_error, first_line
 
 
 MAX_FOOTER_BYTES = 64 * 2**20
@@ -39,7 +40,10 @@ def data_files(folder: Path, manifest: Mapping[str, Any]) -> dict[str, list[Path
         split = name.removeprefix("data/").partition("-")[0]
         if split not in files:
             raise DeltaDatasetError(
-                "A file of the delta dataset belongs to no split.", path=folder / name, expected=", ".join(files)
+                "A file of the delta dataset belongs to no split.",
+                path=folder / name,
+                expected=", ".join(files),
+                remedy="build or download the dataset again",
             )
         files[split].append(member(folder, name, error=DeltaDatasetError))
     empty = [split for split, paths in files.items() if not paths]
@@ -128,7 +132,7 @@ def _read_footer(path: Path) -> tuple[pq.FileMetaData, pa.Schema]:
             return parquet.metadata, parquet.schema_arrow
     except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as cause:
         raise DeltaDatasetError(
-            "The file is missing or is no Parquet file.", path=path, found=str(cause)[:200], remedy=_REMEDY
+            "The file is missing or is no Parquet file.", path=path, found=first_line(cause), remedy=_REMEDY
         ) from cause
 
 
@@ -224,7 +228,10 @@ def _check_row(row: dict[str, Any], folder: Path) -> None:
         broken = broken or values is None or None in values or not math.isfinite(math.fsum(map(abs, values)))
     if broken:
         raise DeltaDatasetError(
-            "A pair of the delta dataset is not whole, or not finite.", path=folder, found=f"run {row['shadow_id']}"
+            "A pair of the delta dataset is not whole, or not finite.",
+            path=folder,
+            found=f"run {row['shadow_id']}",
+            remedy="build or download the dataset again",
         )
 
 
@@ -254,6 +261,6 @@ def typed_errors(folder: Path) -> Iterator[None]:
         raise DeltaDatasetError(
             "The pairs of the delta dataset cannot be read.",
             path=folder,
-            found=f"{type(cause).__name__}: {str(cause).strip()[:200]}",
+            found=describe_error(cause),
             remedy=_REMEDY,
         ) from cause

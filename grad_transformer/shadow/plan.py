@@ -202,6 +202,7 @@ class ShadowPlan:
                     path=path,
                     expected=f"ids of their own, rows below {num_rows}",
                     found=f"{run['shadow_id']}, row {max(run['row_indices'])}",
+                    remedy="plan again, in a new folder",
                 )
             seen.add(run["shadow_id"])
         source, target = (

@@ -11,15 +11,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..adapters import Root
-from ..errors import DataError, PlanError
+from ..errors import PlanError
 from ..finetuning import FineTuningRecipe, TokenCounts, count_tokens
+from ..finetuning.models import check_token
 from .plan import SPLITS, PlanSide, ShadowPlan, ShadowRun, Strategy, fingerprint_rows
 
 
 logger = logging.get_logger(__name__)
 
 MAX_RUNS, MAX_ROWS = 100_000, 5_000_000
-MAX_SNAPSHOTS = 10_000
 
 
 def plan_shadows(
@@ -64,7 +64,6 @@ def plan_shadows(
         seed=seed,
         validation_fraction=validation_fraction,
         test_fraction=test_fraction,
-        recipes=(source_recipe, target_recipe),
     )
     steps = [len(recipe.snapshot_steps()) for recipe in (source_recipe, target_recipe)]
     if steps[0] != steps[1]:
@@ -110,7 +109,6 @@ def check_plan_sizes(
     seed: int = 0,
     validation_fraction: float = 0.05,
     test_fraction: float = 0.05,
-    recipes: Sequence[FineTuningRecipe] = (),
 ) -> dict[str, int]:
     """Refuse sizes that no plan can have, before anything is loaded.
 
@@ -129,10 +127,6 @@ def check_plan_sizes(
         ("seed", seed, 0 <= seed < 2**63, "0 or more"),
         *((f"{name}_fraction", value, 0 <= value < 1, "0 or more, below 1") for name, value in fractions.items()),
     ]
-    for recipe in recipes:
-        every = recipe.max_steps // recipe.snapshot_every if recipe.snapshot_every else 0
-        count = recipe.snapshot_last + every
-        ranges.append(("snapshots of a run", count, count <= MAX_SNAPSHOTS, f"at most {MAX_SNAPSHOTS:,}"))
     for name, value, holds, expected in ranges:
         if not holds:
             raise PlanError(f"`{name}` of the plan is out of range.", expected=expected, found=value)
@@ -163,15 +157,7 @@ def check_plan_rows(
         [`DataError`]: a row that the model cannot be fine-tuned on.
     """
     counts = count_tokens(rows, tokenizer, max_length)
-    known = model.get_input_embeddings().weight.shape[0]
-    if counts.largest_id >= known:
-        raise DataError(
-            f"Row {counts.row_of_largest_id} holds a token that the base model has no embedding for.",
-            path=tokenizer.name_or_path,
-            expected=f"token ids below {known}",
-            found=counts.largest_id,
-            remedy="use the tokenizer that belongs to the base model, or resize the model's embedding and save it",
-        )
+    check_token(counts.largest_id, model, row=counts.row_of_largest_id)
     return counts
 
 

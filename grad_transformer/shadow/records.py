@@ -90,7 +90,11 @@ def read_run(plan: ShadowPlan, plan_dir: str | Path, role: str, shadow_id: str, 
     header, metadata = read_header(path)
     if _RUN not in metadata:
         raise DeltaDatasetError(
-            "The file is not that of a shadow run.", path=path, expected=f"`{_RUN}` in its header", found="none"
+            "The file is not that of a shadow run.",
+            path=path,
+            expected=f"`{_RUN}` in its header",
+            found="none",
+            remedy="delete this file and run `grad-transformer shadow` again",
         )
     facts = parse_record(metadata[_RUN], RunRecordFacts, path=path, error=DeltaDatasetError)
     plan_fingerprint = facts["plan"]

@@ -29,6 +29,7 @@ from ..refinement.arguments import CANDIDATES
 from ..shadow.estimate import DEFAULT_MFU, DEVICES
 from ..training import MapperArguments
 from ..training.backbone import backbone_or_config
+from ..wording import describe_error
 from .builders import lab_model
 from .schema import ModelShapeRecord
 from .spec import StudySpec
@@ -306,7 +307,8 @@ def _shapes_of(name: str) -> Iterator[None]:
             "The shapes of a model cannot be found.",
             path=name,
             expected="a config that transformers can build",
-            found=f"{type(cause).__name__}: {str(cause)[:200]}",
+            found=describe_error(cause),
+            remedy="mend the model's entry in `configs` of the study",
         ) from cause
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, ConfigDict, Field, with_config
+from pydantic import BeforeValidator, Field
 from typing_extensions import NotRequired, TypedDict
 
 from ..documents import as_written
@@ -14,12 +14,10 @@ from ..errors import UsageError
 from ..files import check_record
 from ..finetuning import FineTuningRecipe
 from ..refinement import RefinementArguments
+from ..schemas import closed_record, open_record
 from ..training import MapperArguments
 from .spec import StudySpec
 
-
-_closed = with_config(ConfigDict(extra="forbid"))
-_open = with_config(ConfigDict(extra="allow"))
 
 # What YAML takes for a number may be a name: `1.10` is a revision, as it was written.
 Text = Annotated[str, Field(max_length=4096), BeforeValidator(as_written)]
@@ -29,13 +27,12 @@ Checkpoints = Annotated[int, Field(ge=1, le=1_000)]
 Few = Annotated[int, Field(ge=0, le=100)]
 Steps = Annotated[int, Field(ge=1, le=10_000_000)]
 Size = Annotated[int, Field(ge=1, le=65_536)]
-Layers = Annotated[int, Field(ge=1, le=512)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 Values = Field(min_length=1, max_length=16)
 
 
-@_closed
+@closed_record
 class LabModelRecord(TypedDict, total=False):
     """A base model of the lab: what differs from the preset."""
 
@@ -53,7 +50,7 @@ class LabModelRecord(TypedDict, total=False):
     fine_tuning_learning_rate: Positive
 
 
-@_closed
+@closed_record
 class HubModelRecord(TypedDict):
     """A base model of the Hub."""
 
@@ -62,7 +59,7 @@ class HubModelRecord(TypedDict):
     config: NotRequired[dict[str, Any]]
 
 
-@_closed
+@closed_record
 class LoraRecord(TypedDict):
     r: Annotated[int, Field(ge=1, le=4096)]
     lora_alpha: Positive | Annotated[int, Field(ge=1, le=10**9)]
@@ -70,7 +67,7 @@ class LoraRecord(TypedDict):
     target_modules: Annotated[list[Text], Field(min_length=1, max_length=1000)]
 
 
-@_closed
+@closed_record
 class ShadowsRecord(TypedDict):
     num_runs: Runs
     rows_per_run: Rows
@@ -84,7 +81,7 @@ class ShadowsRecord(TypedDict):
     public_rows: Rows
 
 
-@_open
+@open_record
 class TrainingRecord(TypedDict, total=False):
     """Training arguments that the costs are estimated from; the others are checked by transformers."""
 
@@ -96,7 +93,7 @@ class TrainingRecord(TypedDict, total=False):
     save_total_limit: Annotated[int, Field(ge=1, le=1000)] | None
 
 
-@_closed
+@closed_record
 class ClientsRecord(TypedDict):
     rows: Rows
     test_rows: Rows
@@ -106,7 +103,7 @@ class ClientsRecord(TypedDict):
     mixtures: Few
 
 
-@_closed
+@closed_record
 class PrivacyRecord(TypedDict):
     rows: Rows
     batch_size: Rows
@@ -115,7 +112,7 @@ class PrivacyRecord(TypedDict):
     clients: Annotated[int, Field(ge=1, le=100)]
 
 
-@_closed
+@closed_record
 class AblationsRecord(TypedDict):
     epsilons: Annotated[list[Annotated[float, Field(gt=0, le=1000)]], Values]
     source_noise: Annotated[float, Field(ge=0, le=1000)]
@@ -125,20 +122,20 @@ class AblationsRecord(TypedDict):
     checkpoints: Annotated[list[Checkpoints], Values]
 
 
-@_closed
+@closed_record
 class LoadingRecord(TypedDict, total=False):
     dtype: Text
     device: Text | None
 
 
-@_open
+@open_record
 class ModelShapeRecord(TypedDict):
     """A model's config, of which the shapes are taken."""
 
     model_type: Text
 
 
-@_closed
+@closed_record
 class StudyRecord(TypedDict):
     """All of a study, defaults filled in."""
 

@@ -137,7 +137,12 @@ class StudySpec:
             if chosen not in known:
                 raise UsageError(f"The study has no such {role}.", expected=", ".join(known), found=chosen)
         if spec.world == "text" and not spec.tasks:
-            raise UsageError("A text study needs tasks.", expected="tasks: [gsm8k, ...]", found="none")
+            raise UsageError(
+                "A text study needs tasks.",
+                expected="tasks: [gsm8k, ...]",
+                found="none",
+                remedy="name the tasks under `tasks`",
+            )
         unknown = set(spec.experiments) - {"all", *known_experiments}
         if unknown:
             raise UsageError(

@@ -41,15 +41,13 @@ from .worlds import ClientRows, StudyWorld, make_world
 DELTAS_NAME = "deltas.safetensors"
 SCORES_NAME = "scores.safetensors"
 LABELS_NAME = "labels.json"
+_PUBLIC_STREAM = 1009
 
 
 class LabelsRecord(TypedDict):
     """Rows that TinyLMs labelled, client by client."""
 
     clients: list[list[Object]]
-
-
-_PUBLIC_STREAM = 1009
 
 
 def clients(stage: Stage, study_dir: Path, folder: Path) -> dict[str, Any]:
@@ -93,7 +91,7 @@ def private_clients(stage: Stage, study_dir: Path, folder: Path) -> dict[str, An
         assert planned is not None
         spent.append(planned)
     _save_deltas(folder, start, deltas)
-    return {"clients": len(deltas), "epsilon": max(each for each in spent if each is not None)}
+    return {"clients": len(deltas), "epsilon": max(spent)}
 
 
 def labels(stage: Stage, study_dir: Path, folder: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ def backbone_or_config(arguments: MapperArguments) -> str | PreTrainedConfig:
             "The attention heads do not divide the hidden size.",
             expected="d_model a multiple of num_heads",
             found=f"d_model={arguments.d_model}, num_heads={arguments.num_heads}",
+            remedy="choose another --num_heads or --d_model",
         )
     return T5Config(
         vocab_size=1,

@@ -1,13 +1,9 @@
-"""Checkpoints that are whole: a training that was killed while it wrote one goes on from the one before."""
+"""Whether a checkpoint of a mapper's training is whole."""
 
 from __future__ import annotations
 
-import re
-import shutil
 import zipfile
 from pathlib import Path
-
-from transformers.utils import logging
 
 from ..adapters.io import read_header, read_record
 from ..constants import SOURCE_FOLDER, TARGET_FOLDER
@@ -15,31 +11,7 @@ from ..errors import GradTransformerError
 from ..schemas import TrainerStateRecord
 
 
-logger = logging.get_logger(__name__)
-
 _STATE_NAME = "trainer_state.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
-
-
-def last_whole_checkpoint(folder: str | Path, *, remove_others: bool = False) -> Path | None:
-    """The latest checkpoint that was written to its end; None where there is none.
-
-    Args:
-        folder (`str` or `Path`): with folders `checkpoint-<step>`.
-        remove_others (`bool`, *optional*, defaults to `False`): remove those that were not, and say so.
-    """
-    if not Path(folder).is_dir():
-        return None
-    matches = [(path, _NAME.fullmatch(path.name)) for path in Path(folder).iterdir() if path.is_dir()]
-    checkpoints = sorted((int(match[1]), path) for path, match in matches if match)
-    whole = None
-    for step, path in checkpoints:
-        if is_whole(path, step):
-            whole = path
-        elif remove_others:
-            logger.warning(f"{path} was not written to its end: it is removed.")
-            shutil.rmtree(path, ignore_errors=True)
-    return whole
 
 
 def is_whole(checkpoint: Path, step: int) -> bool:

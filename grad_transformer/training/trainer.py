@@ -17,12 +17,13 @@ from ..adapters import Root
 from ..adapters.io import write_json_atomic
 from ..adapters.rows import DeltaRows, text_column
 from ..adapters.statistics import task_mean_ceiling
+from ..checkpoints import last_whole_checkpoint
 from ..errors import DeltaDatasetError, UsageError
 from ..modeling_grad_transformer import GradTransformer
 from ..tokenization_lora_delta import LoraDeltaTokenizer
 from .arguments import MapperArguments
 from .backbone import backbone_or_config
-from .checkpoints import last_whole_checkpoint
+from .checkpoints import is_whole
 from .heldout import HeldoutMetrics, evaluate_heldout
 from .pairs import DeltaPairCollator, DeltaPairRows
 from .progress import TrainingProgress
@@ -228,9 +229,10 @@ def train_mapper(
             "Early stopping waits for a better checkpoint, and none is kept.",
             expected="load_best_model_at_end with early_stopping_patience",
             found=f"early_stopping_patience={args.early_stopping_patience}, load_best_model_at_end=False",
+            remedy="leave --early_stopping_patience out, or keep the best checkpoint",
         )
     trainer = GradTransformerTrainer(model, args, train_dataset=splits["train"], eval_dataset=validation)
-    checkpoint = last_whole_checkpoint(args.output_dir, remove_others=args.should_save) if resume else None
+    checkpoint = last_whole_checkpoint(args.output_dir, is_whole, remove_others=args.should_save) if resume else None
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.save_model()
     heldout = trainer.measure(test) if test is not None and len(test) else None

@@ -31,7 +31,7 @@ def test_half_written_checkpoints_are_removed_and_the_last_whole_one_is_taken(tm
     (truncated / "optimizer.pt").write_bytes(b"x" * 50)
     make_checkpoint(tmp_path, 14, whole=False)
     last = last_whole(tmp_path)
-    assert last == str(tmp_path / "checkpoint-10") and read_history(last) == [(1.0, 0.25, 10)]
+    assert last == tmp_path / "checkpoint-10" and read_history(last) == [(1.0, 0.25, 10)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
     assert last_whole(tmp_path / "nowhere") is None
 

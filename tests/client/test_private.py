@@ -448,6 +448,19 @@ def client(root, tmp_path):
     return tokenizer, rows
 
 
+@pytest.mark.parametrize("place", ["rows", "eval_rows"])
+def test_tokens_beyond_the_embedding_are_refused_before_the_first_step(client, tmp_path, place):
+    tokenizer, rows = client
+    longer = make_lab_tokenizer()
+    longer.add_tokens([f"<new{i}>" for i in range(64)])
+    longer.save_pretrained(tmp_path / "base")
+    odd = [*rows, {"prompt": "?1 <new63> >", "completion": "1"}]
+    privacy = PrivacyArguments(**NO_NOISE, batch_size=4, allow_early_stopping=True)
+    given = {"rows": rows, "eval_rows": rows, "early_stopping_patience": 1, place: odd}
+    with pytest.raises(DataError, match="Row 12 has a token that the base model does not know"):
+        finetune_client_privately(tokenizer, output_dir=tmp_path / "out", privacy=privacy, **given)
+
+
 def test_a_client_writes_its_bound_into_metadata_and_card(client, tmp_path):
     tokenizer, rows = client
     adapter, result, statement = finetune_client_privately(

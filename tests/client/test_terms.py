@@ -12,7 +12,7 @@ from grad_transformer.client.arguments import NoisePlan, PrivacyArguments
 from grad_transformer.client.output import Spent, check_outside, disk_errors, spent_before
 from grad_transformer.client.terms import ClientTerms, agree
 from grad_transformer.errors import AdapterFormatError, OutputError, RecipeError, UsageError
-from grad_transformer.finetuning import FineTuningRecipe
+from grad_transformer.finetuning import BasePreview, FineTuningRecipe
 from tests.worlds import moved, tiny_root
 
 
@@ -23,7 +23,8 @@ def terms(recipe: FineTuningRecipe = RECIPE, *, rate: float = 0.0625, **changes:
     privacy = PrivacyArguments(epsilon=1.0, delta=1e-5, batch_size=16)
     noise = NoisePlan(rate, 16, 2.8, recipe.max_steps, "prv", 0.997)
     fields = {"privacy": privacy, "noise": noise, "num_units": 256, **changes}
-    return ClientTerms(base_model="acme/tiny", base_revision="abc", recipe=recipe, num_rows=256, **fields)
+    fields = {"base": BasePreview("acme/tiny", "abc", "cache"), "named_by_mapper": True, **fields}
+    return ClientTerms(recipe=recipe, num_rows=256, **fields)
 
 
 def test_the_terms_say_all_that_decides_what_happens_to_the_rows() -> None:
@@ -80,6 +81,18 @@ def test_an_adapter_without_a_bound_in_the_folder_is_known(tmp_path: Path) -> No
     assert spent_before(tmp_path) == Spent(unbounded=True)
     (tmp_path / "grad_transformer.json").write_text('{"format_version": 1}')
     assert spent_before(tmp_path) == Spent(unbounded=True)
+
+
+def test_a_base_model_that_only_the_mapper_names_is_downloaded_after_a_yes() -> None:
+    base = BasePreview("acme/tiny", "abc", "hub")
+    unconfirmed = terms(base=base)
+    assert "acme/tiny at abc, to be downloaded from the Hub, as the mapper names it" in unconfirmed.text()
+    with pytest.raises(UsageError, match="base model that the mapper names") as caught:
+        agree(unconfirmed, False)
+    assert "--base_model acme/tiny" in str(caught.value)
+    agree(unconfirmed, True)
+    assert unconfirmed.unusual == ()  # nothing that whoever receives the adapter must know
+    agree(terms(base=base, named_by_mapper=False), False)
 
 
 @pytest.mark.parametrize(

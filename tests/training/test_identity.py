@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from grad_transformer import GradTransformer, Root
+from grad_transformer.checkpoints import last_whole_checkpoint
 from grad_transformer.errors import DeltaDatasetError, OutputError, UsageError
 from grad_transformer.locks import sole_writer
 from grad_transformer.refinement import fit_candidates
@@ -22,7 +23,7 @@ from grad_transformer.scripts.evaluate import heldout_split
 from grad_transformer.scripts.train import verdict
 from grad_transformer.shadow import check_dataset_of, load_delta_dataset
 from grad_transformer.training import GradTransformerTrainingArguments, MapperArguments
-from grad_transformer.training.checkpoints import is_whole, last_whole_checkpoint
+from grad_transformer.training.checkpoints import is_whole
 from tests.worlds import tiny_root, write_delta_dataset
 
 
@@ -178,12 +179,12 @@ HALVES: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("name", HALVES)
 def test_a_checkpoint_that_was_not_written_to_its_end_does_not_count(copy: Path, name: str) -> None:
-    assert last_whole_checkpoint(copy) == copy / "checkpoint-4"
+    assert last_whole_checkpoint(copy, is_whole) == copy / "checkpoint-4"
     HALVES[name](copy / "checkpoint-4")
     assert not is_whole(copy / "checkpoint-4", 4)
-    assert last_whole_checkpoint(copy) == copy / "checkpoint-2"
+    assert last_whole_checkpoint(copy, is_whole) == copy / "checkpoint-2"
     assert (copy / "checkpoint-4").is_dir()
-    assert last_whole_checkpoint(copy, remove_others=True) == copy / "checkpoint-2"
+    assert last_whole_checkpoint(copy, is_whole, remove_others=True) == copy / "checkpoint-2"
     assert not (copy / "checkpoint-4").exists()
 
 
@@ -296,6 +297,7 @@ def test_the_verdict_says_what_to_do() -> None:
         ({"r2_permuted_inputs": 0.7}, "hardly reads"),
         ({"r2_ridge": 0.9}, "--method ridge"),
         ({"r2_permuted_inputs": None, "r2_ceiling": None}, "beats the mean shadow (R² 0.800)"),
+        ({"r2_permuted_inputs": None, "r2_ridge": 0.9}, "beats the mean shadow (R² 0.800, 80%"),
     ):
         assert words in verdict({**good, **change}, None, "out"), change
 
