@@ -53,6 +53,13 @@ def _write_plainly(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(PLAIN_TEXT_ERRORS, _write_plainly)
 
 
+def looks_like(text: str) -> str:
+    """What a name looks like, for comparing names: equal for two that differ in case, in how an accent is encoded, in
+    punctuation and spaces, or in what nobody sees."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return "".join(letter for letter in folded if letter.isalnum()) or folded
+
+
 def printable(text: object) -> str:
     """Text that moves no cursor, changes no colour and turns no direction; line breaks and tabs are kept.
 

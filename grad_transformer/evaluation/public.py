@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..constants import REPORT_NAME
+from ..wording import looks_like
 from .figures import draw_figures
 from .records import ClientReport, Report
 from .report import read_report
@@ -40,11 +41,16 @@ def public_report(
 
 
 def without_names(report: Report) -> Report:
-    """The report with clients called by kind and number, and without the task names of clients of one's own."""
+    """The report with clients called by kind and number.
+
+    Tasks of clients of one's own are left out, and names of tasks in which that of any client is to be read.
+    """
     counts: Counter[str] = Counter()
+    names = [looks_like(client.id) for client in report.clients]
     clients: list[ClientReport] = []
     for client in report.clients:
-        task = "other" if client.kind == "other" or client.id in client.task else client.task
+        named = any(name in looks_like(client.task) for name in names)
+        task = "other" if client.kind == "other" or named else client.task
         clients.append(replace(client, id=f"{client.kind}-{counts[client.kind]}", task=task))
         counts[client.kind] += 1
     return replace(report, clients=clients)

@@ -8,6 +8,7 @@ people the same; it is never believed.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -105,9 +106,14 @@ def pulled_origin(folder: Path, patterns: Sequence[str]) -> Origin | None:
 
 
 def pull_record(folder: Path) -> dict[str, Any]:
-    """What [`record_pull`] wrote of a folder; empty where nothing was pulled into it on this machine."""
+    """What [`record_pull`] wrote of a folder; empty where nothing was pulled into it on this machine.
+
+    Where several users share a cache, what another one wrote there is not believed.
+    """
     path = _record_path(folder)
-    record = dict(read_record(path, PullRecord)) if path.is_file() else {}
+    if not path.is_file() or (hasattr(os, "getuid") and path.stat().st_uid != os.getuid()):
+        return {}
+    record = dict(read_record(path, PullRecord))
     return record if record.get("folder") == str(folder.resolve()) else {}
 
 

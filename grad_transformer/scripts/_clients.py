@@ -18,6 +18,7 @@ from ..files import read_yaml
 from ..finetuning import load_rows
 from ..modeling_grad_transformer import GradTransformer
 from ..schemas import ClientList
+from ..wording import looks_like
 
 
 logger = logging.get_logger(__name__)
@@ -28,18 +29,18 @@ def read_clients(path: str | Path) -> list[dict[str, str]]:
 
     Raises:
         [`UsageError`]: it cannot be read, is no list, or an entry has missing or unknown keys, a value that is no
-            text, a kind that there is not, or the id of another one.
+            text, a kind that there is not, or an id that looks like that of another one.
     """
     entries = read_yaml(path, ClientList)
     clients = [{name: str(value) for name, value in entry.items() if value is not None} for entry in entries]
     seen: dict[str, int] = {}
     for number, client in enumerate(clients, 1):
-        first = seen.setdefault(client["id"], number)
+        first = seen.setdefault(looks_like(client["id"]), number)
         if first != number:
             raise UsageError(
                 "Two clients have the same id.",
                 path=path,
-                expected="unique ids",
+                expected="ids that can be told apart",
                 found=f"entries {first} and {number}",
                 remedy="give each client an id of its own",
             )

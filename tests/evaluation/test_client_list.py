@@ -33,6 +33,7 @@ def test_values_are_text_and_empty_ones_are_left_out(tmp_path: Path) -> None:
     [
         ([CLIENT, {**CLIENT, "adapter": "another"}], "same id"),
         ([{**CLIENT, "id": 7}, {**CLIENT, "id": "7"}], "same id"),
+        ([{**CLIENT, "id": "Bank-A"}, {**CLIENT, "id": "bank\u200b_a"}], "same id"),
         ([{**CLIENT, "kind": "known"}], "`0.kind`: input should be 'seen'"),
         ([{**CLIENT, "kind": ["seen"]}], "`0.kind`"),
         ([CLIENT, {**CLIENT, "id": "b", "adapter": [5]}], "`1.adapter`"),

@@ -11,9 +11,10 @@ from grad_transformer import LoraDeltaTokenizer, create_root
 from grad_transformer.adapters.base_files import locate
 from grad_transformer.client import finetune_client
 from grad_transformer.errors import HubError, UsageError
-from grad_transformer.finetuning import FineTuningRecipe, load_root_base, preview_base
+from grad_transformer.finetuning import FineTuningRecipe, load_base, load_root_base, preview_base
 from grad_transformer.lab import make_lab_tokenizer
 from tests.hub_server import HubServer
+from tests.hub_server.store import Entry
 from tests.worlds import lora, tiny_qwen2
 
 
@@ -68,3 +69,18 @@ def test_names_that_are_on_no_hub_are_typed_errors(sha: str, tmp_path: Path) -> 
         locate("acme/tiny", revision="v9.9")
     with pytest.raises(UsageError, match="no such model"):
         locate(tmp_path / "acme" / "tiny" / "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [("model/../../evil.safetensors", 8, "not safe to write"), ("model-2.safetensors", 2**30, "larger than what may")],
+)
+def test_weights_are_held_to_what_the_config_describes_before_they_come(
+    sha: str, hub: HubServer, name: str, size: int, message: str
+) -> None:
+    commit = hub.store.repos["model", "acme/tiny"].commit_at("main")
+    hub.store.put("0" * 64, bytes(8))
+    commit.tree[name] = Entry("0" * 64, size, True)
+    with pytest.raises(HubError, match=message):
+        load_base("acme/tiny")
+    assert not any(path.name == "model.safetensors" for path in locate("acme/tiny").folder.iterdir())

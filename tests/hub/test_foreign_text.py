@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 
 import pytest
 from huggingface_hub import ModelCard
@@ -258,7 +259,7 @@ def test_a_folder_cannot_say_where_it_comes_from(hub, tmp_path):
     assert made.metadata["generated"]["clients"] == [{"sha256": LoraAdapter.from_pretrained(folder).sha256()}]
 
 
-def test_a_pulled_folder_has_its_origin_until_a_file_of_it_changes(hub, tmp_path):
+def test_a_pulled_folder_has_its_origin_until_a_file_of_it_changes(hub, tmp_path, monkeypatch):
     client = client_adapter(tiny_roots(tmp_path / "roots")[0])
     sha = client.push_to_hub("acme/client", private=False).sha
     folder, _ = pull_folder("acme/client@v1.0", tmp_path / "pulled", kind="client_adapter")
@@ -271,6 +272,10 @@ def test_a_pulled_folder_has_its_origin_until_a_file_of_it_changes(hub, tmp_path
     assert LoraAdapter.from_pretrained(folder).origin is None
     pull_folder("acme/client@v1.0", folder, kind="client_adapter")
     assert LoraAdapter.from_pretrained(folder).origin.sha == sha
+    # In a cache that several users share, another one may write a record.
+    monkeypatch.setattr(os, "getuid", lambda: os.geteuid() + 1)
+    assert LoraAdapter.from_pretrained(folder).origin is None
+    monkeypatch.setattr(os, "getuid", os.geteuid)
     folder.rename(tmp_path / "moved")
     assert LoraAdapter.from_pretrained(tmp_path / "moved").origin is None
 

@@ -221,6 +221,13 @@ def test_a_published_report_is_drawn_anew_from_records_without_names(tmp_path, m
     )
 
 
+def test_no_task_name_tells_a_client_in_another_spelling_or_beside_another_client():
+    tasks = {"Bank-A": "loans of bank_a", "M\u00fcller": "Mu\u0308ller", "acme": "summaries", "x-1": "ACME and x 1"}
+    clients = [client(name, kind="seen", task=task) for name, task in tasks.items()]
+    public = without_names(replace(named_report(), clients=clients))
+    assert [one.task for one in public.clients] == ["other", "other", "summaries", "other"]
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_push_never_uploads_a_picture_that_lies_in_a_folder(hub, tmp_path, run_cli, inside):
     mapper = tmp_path / "mapper"
