@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..errors import HubError, UsageError
 from ..files import MAX_JSON_BYTES, write_text_atomic
+from ..wording import in_ascii
 from .hashes import file_sha256, git_file_sha
 from .names import check_file_names, is_commit, is_repo_id, is_revision, looks_like_path, split_revision
 from .origins import Origin, pulled_origin
@@ -158,7 +159,7 @@ def _resolve(
             "This can be no version of a repository.",
             path=repo_id,
             expected="a tag, a branch or a commit",
-            found=ascii(revision[:120]),
+            found=in_ascii(revision),
         )
     # Offline a tag names what it named when it was last resolved; a commit names itself.
     reference = cache / repo_folder_name(repo_id=repo_id, repo_type=repo_type) / "refs"
