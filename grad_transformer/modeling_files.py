@@ -12,10 +12,11 @@ from typing import Any
 from .adapters import ShiftReference
 from .configuration_grad_transformer import GradTransformerConfig
 from .constants import SOURCE_FOLDER, TARGET_FOLDER
-from .errors import LayoutMismatchError
+from .errors import IncompleteArtifactError, LayoutMismatchError
 from .files import sync_and_move
 from .hub import KINDS, Origin, Published, fetch, push_folder
-from .modeling_weights import check_loaded, check_weights, read_mapper_config, read_weight_shapes
+from .modeling_weights import CONFIG_NAME, check_loaded, check_weights, read_mapper_config, read_weight_shapes
+from .outputs import check_manifest
 from .tokenization_lora_delta import LoraDeltaTokenizer
 
 
@@ -101,6 +102,7 @@ class MapperFiles:
             subfolder=prefix or None,
             **hub_kwargs,
         )
+        check_manifest(fetched.folder, CONFIG_NAME, "mapper", error=IncompleteArtifactError)
         shapes = read_weight_shapes(fetched.folder)
         config = read_mapper_config(fetched.folder, num_tensors=len(shapes))
         tokenizers = {}

@@ -132,6 +132,29 @@ def prepare_output(folder: str | Path, kind: OutputKind, *, inputs: Iterable[str
     return folder
 
 
+def check_manifest(folder: str | Path, name: str, expected: str, *, error: type[GradTransformerError]) -> None:
+    """Refuse a folder without the manifest that is to be read, where it plainly holds something else.
+
+    Args:
+        folder (`str` or `Path`): the folder.
+        name (`str`): its manifest's name. Where the folder holds nothing known, whoever reads it says what is missing.
+        expected (`str`): what it should hold: adapter, mapper or delta dataset.
+        error (`type`): what is raised.
+
+    Raises:
+        `error`
+    """
+    found = None if (Path(folder) / name).exists() else holds(folder)
+    if found is not None and expected not in found:
+        raise error(
+            f"The folder holds no {expected}.",
+            path=folder,
+            expected=name,
+            found=found,
+            remedy="check which folder is meant",
+        )
+
+
 def holds(folder: str | Path) -> str | None:
     """In words, what a folder holds of all that this library writes or reads; None where it is none of it."""
     found = _kind_of(Path(folder))

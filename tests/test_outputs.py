@@ -15,10 +15,11 @@ import pyarrow as pa
 import pytest
 from safetensors import SafetensorError
 
-from grad_transformer import cli
-from grad_transformer.errors import OutputError
+from grad_transformer import GradTransformer, LoraAdapter, cli
+from grad_transformer.errors import GradTransformerError, OutputError
 from grad_transformer.locks import sole_writer
 from grad_transformer.outputs import OutputKind, disk_error, prepare_output, try_writing
+from grad_transformer.shadow import load_delta_dataset
 
 
 CONTENTS: dict[str, dict[str, str]] = {
@@ -73,6 +74,30 @@ def test_a_folder_of_anything_else_is_refused_and_left_alone(tmp_path: Path, kin
         with pytest.raises(OutputError, match="holds something else"):
             prepare_output(folder, kind)
         assert all((folder / path).read_text() == text for path, text in files.items())
+
+
+@pytest.mark.parametrize(
+    ("load", "kinds"),
+    [
+        (GradTransformer.from_pretrained, ("mapper",)),
+        (load_delta_dataset, ("delta_dataset",)),
+        (LoraAdapter.from_pretrained, ("client_adapter", "generated_adapter")),
+    ],
+)
+def test_who_gives_a_folder_of_another_kind_is_told_what_it_holds(
+    tmp_path: Path, load: Callable[[Path], object], kinds: tuple[str, ...]
+) -> None:
+    words = {"mapper": "a mapper", "delta_dataset": "a delta dataset", "client_adapter": "a client's adapter"}
+    for kind in words.keys() - set(kinds):
+        folder = fill(tmp_path / kind, CONTENTS[kind])
+        with pytest.raises(GradTransformerError, match="The folder holds no") as caught:
+            load(folder)
+        assert caught.value.found == words[kind]
+    # Of its own kind, but without its manifest: what is missing is said.
+    own = fill(tmp_path / "own", dict(list(CONTENTS[kinds[0]].items())[1:]))
+    with pytest.raises(GradTransformerError) as caught:
+        load(own)
+    assert "holds no" not in caught.value.message
 
 
 def test_a_result_is_not_written_over_or_into_an_input(tmp_path: Path) -> None:

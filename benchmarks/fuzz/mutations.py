@@ -190,7 +190,7 @@ def _like(value: Any, rng: random.Random) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
-        return rng.choice([value + 1, -value, value * 1000, value * 10**9, 10**7, float(value)])
+        return rng.choice([value + 1, -value, value * 1000, value * 10**9, 10**7, float(value % 1000)])
     if isinstance(value, float):
         return rng.choice([-value, value * 1e30, int(value) if abs(value) < 1e9 else 0, str(value), 1e-300])
     if isinstance(value, str):

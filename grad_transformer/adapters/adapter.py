@@ -18,6 +18,7 @@ from ..errors import AdapterFormatError
 from ..files import read_record, write_json_atomic
 from ..hub import Origin, Published, fetch, push_folder
 from ..hub.kinds import ADAPTER_FILES
+from ..outputs import check_manifest
 from ..schemas import AdapterConfigRecord, AdapterMetadataRecord
 from .io import MAX_ADAPTER_JSON_BYTES, member, read_header, read_tensors, save_tensors_atomic
 from .keys import canonical_keys
@@ -202,4 +203,6 @@ def _read_adapter_json(folder: Path, name: str, schema: Any) -> dict[str, Any]:
             found=f"{inside[0].parent.name}/{name}",
             remedy=f"did you mean {inside[0].parent}?",
         )
+    if name == ADAPTER_CONFIG_NAME:
+        check_manifest(folder, name, "adapter", error=AdapterFormatError)
     return dict(read_record(path, schema, error=AdapterFormatError, max_bytes=MAX_ADAPTER_JSON_BYTES))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -168,9 +169,9 @@ def _finite(value: Any) -> float:
 def _num_dishonest(given: int | None, count: int, *, least: int) -> int:
     """The number of dishonest clients to reckon with; `least` clients must remain when twice as many are gone."""
     most = (count - least) // 2
-    if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 0):
+    if given is not None and (isinstance(given, bool) or not isinstance(given, Integral) or given < 0):
         raise UsageError("`num_dishonest` is no number of clients.", expected="0, 1, 2, ...", found=given)
-    number = most if given is None else given
+    number = most if given is None else int(given)
     if most < 0 or not 0 <= number <= most:
         raise UsageError(
             "There are too few clients for that many dishonest ones.",

@@ -12,8 +12,7 @@ from typing import Any
 
 from ..constants import ADAPTER_CONFIG_NAME
 from ..errors import UsageError
-from ..files import nearest_path
-from ..hub.names import is_repo_id, split_revision
+from ..hub.names import did_you_mean, is_repo_id, split_revision
 from ..hub.revisions import fetch
 
 
@@ -71,7 +70,7 @@ def locate(name_or_path: Source, *, revision: str | None = None, **hub_kwargs: A
                 path=str(name_or_path)[:300],
                 expected="a folder with a model in the format of transformers, or the id of a repository on the Hub",
                 found="a file" if is_file else "no such folder",
-                remedy=nearest_path(path, _folders_in(path.parent)),
+                remedy=did_you_mean(path),
             )
         fetched = fetch(name_or_path, allow_patterns=_CONFIG_FILES, revision=revision, **hub_kwargs)
         assert fetched.origin is not None
@@ -139,7 +138,3 @@ def _check_is_model(found: BaseFiles) -> None:
             found="no config.json",
             remedy=f"did you mean {Path(found.name, inside[0])}?" if inside else "check the name",
         )
-
-
-def _folders_in(folder: Path) -> list[str]:
-    return [entry.name for entry in folder.iterdir() if entry.is_dir()] if os.path.isdir(folder) else []

@@ -27,6 +27,7 @@ UNUSUAL_TERMS = {
     "few_steps": "so few noisy steps that each weighs heavily",
     "whole_batch": "half or more of all rows in each noisy step",
     "spent_before": "budget that earlier fine-tunes into the same folder had spent",
+    "unbounded_before": "an earlier adapter without a bound in the same folder, whose rows may be the same",
 }
 # Accountants' answers differ by this much; a claim below that is replaced by what its facts give.
 _CLAIM_TOLERANCE = 0.98

@@ -9,22 +9,26 @@ import hashlib
 import hmac
 import json
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from ..checkpoints import last_whole_checkpoint, numbered_checkpoints
 from ..constants import FORMAT_VERSION
 from ..errors import IncompleteArtifactError, UsageError
 from ..files import read_record, write_json_atomic
 from ..schemas import Count, Number, open_record
+from .output import Spent
 
 
 RUN_NAME = "run.json"
 MANIFEST_NAME = "privacy_accounting.json"
+
+
+_Spent = Annotated[list[Number | bool], Field(min_length=2, max_length=3)]
 
 
 @open_record
@@ -33,8 +37,10 @@ class _RunRecord(TypedDict):
 
     key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     identity: dict[str, str]
-    spent_before: dict[str, Annotated[list[Number], Field(min_length=2, max_length=2)]]
+    spent_before: dict[str, _Spent]
     delivered_steps: Count
+    # What the adapter that this run wrote to a place says was spent.
+    stated: NotRequired[dict[str, _Spent]]
 
 
 @open_record
@@ -53,26 +59,25 @@ def rows_digest(rows: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def claim_folder(
-    folder: str | Path, identity: Mapping[str, Any], *, output_dir: str | Path, spent: tuple[float, float]
-) -> tuple[float, float]:
+def claim_folder(folder: str | Path, identity: Mapping[str, Any], *, output_dir: str | Path, spent: Spent) -> Spent:
     """Make the folder this run's, or refuse one that is another's; remove checkpoints that are half written.
 
     Args:
         folder (`str` or `Path`): where checkpoints are, or will be.
         identity (`Mapping`): what decides the run, by name. Only keyed hashes of it are kept.
         output_dir (`str` or `Path`): where the adapter will go.
-        spent (`tuple[float, float]`): epsilon and delta that the adapter there says were spent.
+        spent ([`Spent`]): what the adapter there says was spent.
 
     Returns:
-        what had been spent there when this run began: its own spending, after an interruption, is not counted twice.
+        what others had spent there. Where the adapter in `output_dir` is the one that this run wrote, its own spending
+        is not counted twice.
 
     Raises:
         [`UsageError`]: the checkpoints are of other rows, another recipe, budget or base model; or one that an adapter
             was made from is not whole any more.
         [`IncompleteArtifactError`]: there are checkpoints, but nothing says whose they are.
     """
-    folder, place = Path(folder), str(Path(output_dir).resolve())
+    folder, place = Path(folder), _place(output_dir)
     path = folder / RUN_NAME
     if not path.is_file():
         if numbered_checkpoints(folder):
@@ -111,18 +116,27 @@ def claim_folder(
             found=last or "no checkpoint",
             remedy="choose an empty --dp_checkpoint_dir",
         )
-    before = run["spent_before"]
-    if place not in before:
+    before, stated = run["spent_before"], run.get("stated", {}).get(place)
+    if place not in before or (Spent() if stated is None else _spent(stated)) != spent:
         before[place] = [*spent]
         write_json_atomic(path, dict(run))
-    epsilon, delta = before[place]
-    return epsilon, delta
+    return _spent(before[place])
 
 
-def record_delivery(folder: str | Path, steps: int) -> None:
-    """Say in a claimed folder that an adapter leaves after so many steps, before it does."""
+def record_delivery(folder: str | Path, steps: int, *, output_dir: str | Path, stated: Spent) -> None:
+    """Say in a claimed folder that an adapter leaves after so many steps, and what it states, before it does."""
     path = Path(folder) / RUN_NAME
-    write_json_atomic(path, {**read_record(path, _RunRecord), "delivered_steps": steps})
+    run = read_record(path, _RunRecord)
+    everywhere = {**run.get("stated", {}), _place(output_dir): [*stated]}
+    write_json_atomic(path, {**run, "delivered_steps": steps, "stated": everywhere})
+
+
+def _spent(entry: Sequence[float | bool]) -> Spent:
+    return Spent(entry[0], entry[1], *map(bool, entry[2:]))
+
+
+def _place(output_dir: str | Path) -> str:
+    return str(Path(output_dir).resolve())
 
 
 def write_manifest(checkpoint: str | Path, history: Iterable[Iterable[float]]) -> None:

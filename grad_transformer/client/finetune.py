@@ -17,7 +17,7 @@ from ..adapters import LoraAdapter, PrivacyStatement, Root
 from ..adapters.privacy import STATEMENT_KEY
 from ..constants import FORMAT_VERSION, SOURCE_FOLDER
 from ..errors import IncompleteArtifactError
-from ..finetuning import FineTuningRecipe, SftResult, attach_root, check_rows, load_root_base, run_sft
+from ..finetuning import FineTuningRecipe, SftResult, attach_root, check_rows, load_root_base, preview_base, run_sft
 from ..finetuning.sft import SftTrainer
 from ..outputs import prepare_output
 from ..tokenization_lora_delta import LoraDeltaTokenizer
@@ -63,7 +63,8 @@ def finetune_client(
             moves the delta away from what the mapper has learned to read.
         seed (`int`, *optional*, defaults to 0): of the data order.
         accept_recipe (`bool` or `Callable`, *optional*, defaults to `False`): whether a recipe of unusual steps,
-            batch, learning rate or length is run; or who is asked, with the [`ClientTerms`].
+            batch, learning rate or length is run, and a base model downloaded that the mapper names and `base_model`
+            does not; or who is asked, with the [`ClientTerms`].
         state_num_examples (`bool`, *optional*, defaults to `False`): whether the adapter says how many rows it saw.
         dtype, device: see [`load_base`].
         hub_kwargs (`Mapping`, *optional*): `revision`, `token`, `cache_dir`, `local_files_only` for the mapper.
@@ -89,7 +90,7 @@ def finetune_client(
         hub_kwargs=hub_kwargs,
     )
     prepare_output(output_dir, "client_adapter")
-    terms = task.terms()
+    terms = task.terms(base_model=base_model)
     agree(terms, accept_recipe)
     model, text_tokenizer = task.load(base_model=base_model, dtype=dtype, device=device)
     result = run_sft(
@@ -123,11 +124,11 @@ class ClientTask:
     recipe: FineTuningRecipe
     rows: datasets.Dataset
 
-    def terms(self, **privacy: Any) -> ClientTerms:
+    def terms(self, *, base_model: str | None, **privacy: Any) -> ClientTerms:
         """What will be done; `privacy` are the fields of [`ClientTerms`] that a private fine-tune adds."""
         return ClientTerms(
-            base_model=self.root.base_model,
-            base_revision=self.root.base_revision,
+            base=preview_base(self.root, base_model=base_model),
+            named_by_mapper=base_model is None,
             recipe=self.recipe,
             num_rows=len(self.rows),
             **privacy,

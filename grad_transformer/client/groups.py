@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from .secure_random import SecureRandom
 
 def rows_by_group(rows: Dataset | Sequence[Mapping[str, Any]], column: str) -> list[list[int]]:
     """Numbers of the rows of each group, groups in the order of their first rows.
+
+    Values that look the same, but for space around them or the way that an accent is encoded, are one group: whoever
+    was split in two would be protected half as well.
 
     Raises:
         [`DataError`]: no such column, or a row without a group.
@@ -29,14 +33,15 @@ def rows_by_group(rows: Dataset | Sequence[Mapping[str, Any]], column: str) -> l
     values = rows[column] if isinstance(rows, Dataset) else [row.get(column) for row in rows]
     groups: dict[str, list[int]] = {}
     for index, value in enumerate(values):
-        if value is None or value == "":
+        name = unicodedata.normalize("NFC", str(value)).strip()
+        if value is None or value != value or not name:
             raise DataError(
                 f"Row {index} belongs to no group.",
                 expected=f"a value in column `{column}`",
                 found=value,
                 remedy="give such a row a group of its own",
             )
-        groups.setdefault(str(value), []).append(index)
+        groups.setdefault(name, []).append(index)
     return list(groups.values())
 
 

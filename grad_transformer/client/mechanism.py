@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache, partial
 
@@ -214,6 +214,29 @@ def check_trainable(model: nn.Module) -> None:
                 expected="LoRA on linear layers that see every example",
                 found=f"{name} ({type(module).__name__})",
                 remedy="make a root whose target_modules leave embeddings, convolutions and experts out",
+            )
+
+
+def check_rows_apart(model: nn.Module, max_length: int | None) -> None:
+    """Raises [`RecipeError`] where one row of a batch would change what the model makes of the others.
+
+    Position embeddings that stretch with the longest row ("dynamic", "longrope") do so for the whole batch. A single
+    long row would then change the gradients of all, which clipping each of them does not bound.
+    """
+    config = getattr(model, "config").get_text_config()  # noqa: B009
+    stated = getattr(config, "rope_parameters", None) or {}
+    for rope in [stated] if "rope_type" in stated else stated.values():
+        kind = rope.get("rope_type") if isinstance(rope, Mapping) else None
+        if kind not in ("dynamic", "longrope"):
+            continue
+        own = rope.get("original_max_position_embeddings") if kind == "longrope" else None
+        limit = own or config.max_position_embeddings
+        if max_length is None or max_length > limit:
+            raise RecipeError(
+                "The base model reads rows of a batch differently when one of them is long.",
+                expected=f"rows of at most {limit} tokens, up to which its positions stay as they are",
+                found=f"max_length={max_length}, {kind} position embeddings",
+                remedy=f"fine-tune by a recipe with max_length={limit} or less",
             )
 
 

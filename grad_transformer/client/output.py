@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from ..adapters import LoraAdapter
-from ..adapters.privacy import statement_of
-from ..constants import ADAPTER_METADATA_NAME, CARD_NAME, ORIGIN_NAME
+from ..adapters.privacy import PrivacyStatement, statement_of
+from ..constants import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_METADATA_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    CARD_NAME,
+    ORIGIN_NAME,
+)
 from ..errors import AdapterFormatError, UsageError
 from ..files import read_record
 from ..outputs import disk_error
@@ -30,17 +37,31 @@ def check_outside(checkpoint_dir: str | Path, output_dir: str | Path) -> None:
         )
 
 
-def spent_before(output_dir: str | Path) -> tuple[float, float]:
-    """Epsilon and delta that the adapter in a folder says were spent; zeros where it says nothing.
+class Spent(NamedTuple):
+    """What earlier fine-tunes into a folder cost: epsilon and delta, and whether one of them had no bound at all."""
+
+    epsilon: float = 0.0
+    delta: float = 0.0
+    unbounded: bool = False
+
+
+def spent_before(output_dir: str | Path) -> Spent:
+    """What the adapter in a folder says was spent; one that says nothing, or is half there, has no bound.
 
     Raises:
         [`AdapterFormatError`]: it says something that cannot be read.
     """
-    path = Path(output_dir) / ADAPTER_METADATA_NAME
+    folder = Path(output_dir)
+    path = folder / ADAPTER_METADATA_NAME
     if not path.is_file():
-        return 0.0, 0.0
+        return Spent(unbounded=any((folder / name).exists() for name in (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME)))
     statement = statement_of(read_record(path, AdapterMetadataRecord, error=AdapterFormatError), path=str(path))
-    return (0.0, 0.0) if statement is None else (statement.epsilon, statement.delta)
+    return Spent(unbounded=True) if statement is None else spent_by(statement)
+
+
+def spent_by(statement: PrivacyStatement) -> Spent:
+    """What an adapter with this statement, and those before it in its folder, cost."""
+    return Spent(statement.epsilon, statement.delta, "unbounded_before" in statement.unusual_terms)
 
 
 def write_adapter(adapter: LoraAdapter, output_dir: str | Path) -> None:

@@ -22,7 +22,7 @@ from ..adapters import LoraAdapter, PrivacyStatement
 from ..constants import CARD_NAME, SOURCE_FOLDER
 from ..errors import UsageError
 from ..files import write_text_atomic
-from ..finetuning import FineTuningRecipe, SftResult, check_rows, read_adapter_tensors, tokenize_rows
+from ..finetuning import FineTuningRecipe, SftResult, check_rows, check_tokens, read_adapter_tensors, tokenize_rows
 from ..finetuning.sft import check_result, check_supported
 from ..outputs import prepare_output
 from ..tokenization_lora_delta import LoraDeltaTokenizer
@@ -31,7 +31,7 @@ from .checkpoints import claim_folder, last_whole, record_delivery, rows_digest
 from .finetune import ClientTask, prepare_client
 from .groups import rows_by_group
 from .mechanism import plan_noise
-from .output import check_outside, disk_errors, spent_before
+from .output import Spent, check_outside, disk_errors, spent_before, spent_by
 from .terms import ClientTerms, agree
 from .trainer import PrivateSFTTrainer
 
@@ -66,7 +66,7 @@ def finetune_client_privately(
     Mapping the adapter to the LLM is post-processing: what is generated from it alone has the same bound.
 
     Args:
-        mapper, rows, role, base_model, recipe, accept_recipe, state_num_examples, dtype, device, hub_kwargs: as in
+        mapper, rows, role, base_model, recipe, accept_recipe, dtype, device, hub_kwargs: as in
             [`finetune_client`]. Of the recipe, `max_grad_norm` is replaced by the clipping of each example. Unusual
             terms are also few steps, batches of half of the rows, and a folder where budget was spent before: that is
             added to the new bound.
@@ -80,6 +80,8 @@ def finetune_client_privately(
             same rows, recipe and budget.
         eval_rows, early_stopping_patience (*optional*): stop when the loss on `eval_rows` has not fallen for that many
             tenths. Only with `privacy.allow_early_stopping`: the library cannot know whether they are public.
+        state_num_examples (`bool`, *optional*): refused where it is set: the exact number of rows tells whether one
+            was added or removed.
         sft_config: other fields of TRL's `SFTConfig`.
 
     Returns:
@@ -96,6 +98,13 @@ def finetune_client_privately(
             "Early stopping needs rows and patience.",
             expected="eval_rows and early_stopping_patience, or neither",
             found=f"early_stopping_patience={early_stopping_patience}",
+        )
+    if state_num_examples:
+        raise UsageError(
+            "A private adapter does not say how many rows it was fine-tuned on.",
+            expected="no exact number of rows beside a bound for adding or removing one of them",
+            found="state_num_examples",
+            remedy="leave it out; the statement gives the sampling rate, rounded",
         )
     started = time.perf_counter()
     task = prepare_client(
@@ -117,7 +126,7 @@ def finetune_client_privately(
         check_outside(checkpoint_dir, output_dir)
         with disk_errors():
             earlier = claim_folder(checkpoint_dir, identity, output_dir=output_dir, spent=earlier)
-    terms = task.terms(privacy=privacy, noise=noise, num_units=num_units, earlier=earlier)
+    terms = task.terms(base_model=base_model, privacy=privacy, noise=noise, num_units=num_units, earlier=earlier)
     agree(terms, accept_recipe)
     model, text_tokenizer = task.load(base_model=base_model, dtype=dtype, device=device)
     check_supported(model.get_base_model(), task.root)
@@ -127,11 +136,15 @@ def finetune_client_privately(
             interval = max(1, task.recipe.max_steps // 10)
             settings |= {"eval_strategy": "steps", "eval_steps": interval, "metric_for_best_model": "eval_loss"}
         max_length = task.recipe.max_length
+        tokens = tokenize_rows(task.rows, text_tokenizer, max_length)
         deciding = None if eval_rows is None else tokenize_rows(check_rows(eval_rows), text_tokenizer, max_length)
+        for tokenized in (tokens, deciding):
+            if tokenized is not None:
+                check_tokens(tokenized, model.get_base_model())
         trainer = PrivateSFTTrainer(
             model,
             task.recipe.to_sft_config(folder, seed=0, **{**settings, **sft_config}),
-            train_dataset=tokenize_rows(task.rows, text_tokenizer, max_length),
+            train_dataset=tokens,
             eval_dataset=deciding,
             processing_class=text_tokenizer,
             privacy=privacy,
@@ -154,10 +167,9 @@ def finetune_client_privately(
         statement = _with_earlier(statement, earlier)
     if checkpoint_dir is not None:
         with disk_errors():
-            record_delivery(checkpoint_dir, trainer.state.global_step)
-    adapter = task.save(
-        output_dir, result, state_num_examples=state_num_examples, privacy=statement, accepted=terms.unusual
-    )
+            stated = Spent(unbounded=True) if statement is None else spent_by(statement)
+            record_delivery(checkpoint_dir, trainer.state.global_step, output_dir=output_dir, stated=stated)
+    adapter = task.save(output_dir, result, state_num_examples=False, privacy=statement, accepted=terms.unusual)
     if statement is None:
         logger.warning("The noise was drawn from a known seed: the adapter is not private, and states no bound.")
     else:
@@ -178,17 +190,17 @@ def _identity(task: ClientTask, privacy: PrivacyArguments, groups: Sequence[Sequ
     }
 
 
-def _with_earlier(statement: PrivacyStatement, earlier: tuple[float, float]) -> PrivacyStatement:
+def _with_earlier(statement: PrivacyStatement, earlier: Spent) -> PrivacyStatement:
     """The bound for both: budgets of fine-tunes one after the other add up."""
-    if not earlier[0]:
+    if not earlier.epsilon:
         return statement
     return dataclasses.replace(
         statement,
-        epsilon=statement.epsilon + earlier[0],
-        delta=statement.delta + earlier[1],
+        epsilon=statement.epsilon + earlier.epsilon,
+        delta=statement.delta + earlier.delta,
         epsilon_rdp=None,
-        earlier_epsilon=earlier[0],
-        earlier_delta=earlier[1],
+        earlier_epsilon=earlier.epsilon,
+        earlier_delta=earlier.delta,
     )
 
 

@@ -13,8 +13,9 @@ from transformers.utils import logging
 
 from ..adapters.privacy import UNUSUAL_TERMS
 from ..errors import RecipeError, UsageError
-from ..finetuning import FineTuningRecipe
+from ..finetuning import BasePreview, FineTuningRecipe
 from .arguments import NoisePlan, PrivacyArguments
+from .output import Spent
 
 
 logger = logging.get_logger(__name__)
@@ -37,26 +38,27 @@ class ClientTerms:
     """What a fine-tune will do with a client's rows.
 
     Args:
-        base_model (`str`), base_revision (`str`, *optional*): the base model, as the mapper names it.
+        base ([`BasePreview`]): the base model, and whether it is to be downloaded.
+        named_by_mapper (`bool`): whether the mapper names it, and not the client.
         recipe ([`FineTuningRecipe`]): how it will be trained.
         num_rows (`int`): the client's rows.
         privacy ([`PrivacyArguments`], *optional*): the budget; `None`: no differential privacy.
         noise ([`NoisePlan`], *optional*): the mechanism that follows from it.
         num_units (`int`, *optional*): examples or groups that the bound counts.
-        earlier (`tuple[float, float]`, *optional*): epsilon and delta that were spent in the output folder before.
+        earlier ([`Spent`], *optional*): what was spent in the output folder before.
 
     Raises:
         [`RecipeError`]: the recipe is beyond what any client should run.
     """
 
-    base_model: str
-    base_revision: str | None
+    base: BasePreview
+    named_by_mapper: bool
     recipe: FineTuningRecipe
     num_rows: int
     privacy: PrivacyArguments | None = None
     noise: NoisePlan | None = None
     num_units: int | None = None
-    earlier: tuple[float, float] = (0.0, 0.0)
+    earlier: Spent = Spent()
 
     def __post_init__(self) -> None:
         for name, limit in _HARD_LIMITS.items():
@@ -77,16 +79,22 @@ class ClientTerms:
                 found.append("few_steps")
             if self.noise.sample_rate >= _LARGE_SAMPLE_RATE:
                 found.append("whole_batch")
-        if self.earlier[0]:
+            if self.earlier.unbounded:
+                found.append("unbounded_before")
+        if self.earlier.epsilon:
             found.append("spent_before")
         return tuple(found)
+
+    @property
+    def unconfirmed_base(self) -> bool:
+        """Whether the mapper's word alone has a base model downloaded."""
+        return self.named_by_mapper and self.base.place == "hub"
 
     def text(self) -> str:
         """The terms for people, a line each."""
         recipe = self.recipe
-        revision = f" at {self.base_revision}" if self.base_revision else ""
         lines = [
-            ("base model", f"{self.base_model}{revision}, as the mapper names it"),
+            ("base model", self.base.describe() + (", as the mapper names it" if self.named_by_mapper else "")),
             (
                 "steps",
                 f"{recipe.max_steps} of {recipe.rows_per_step} rows: "
@@ -119,30 +127,40 @@ class ClientTerms:
                 f"{noise.sample_rate:.3g}",
             ),
         ]
-        if self.earlier[0]:
-            total = epsilon + self.earlier[0], self.privacy.delta + self.earlier[1]
+        if self.earlier.epsilon:
+            total = epsilon + self.earlier.epsilon, self.privacy.delta + self.earlier.delta
             lines.append(
                 (
                     "spent before",
-                    f"epsilon {self.earlier[0]:.4g} in this folder; in total ({total[0]:.4g}, {total[1]:g})",
+                    f"epsilon {self.earlier.epsilon:.4g} in this folder; in total ({total[0]:.4g}, {total[1]:g})",
                 )
             )
         return lines
 
 
 def agree(terms: ClientTerms, accept_recipe: bool | Callable[[ClientTerms], bool]) -> None:
-    """Show the terms; where they are unusual, go on only if they are accepted.
+    """Show the terms; where they are unusual or a base model is to be downloaded, go on only if they are accepted.
 
     Args:
         terms ([`ClientTerms`]): what will be done.
-        accept_recipe (`bool` or `Callable`): whether unusual terms are accepted, or who is asked.
+        accept_recipe (`bool` or `Callable`): whether such terms are accepted, or who is asked.
 
     Raises:
-        [`UsageError`]: unusual terms, not accepted.
+        [`UsageError`]: such terms, not accepted.
     """
     logger.info(terms.text())
-    if not terms.unusual or (accept_recipe(terms) if callable(accept_recipe) else accept_recipe):
+    if not (terms.unusual or terms.unconfirmed_base):
         return
+    if accept_recipe(terms) if callable(accept_recipe) else accept_recipe:
+        return
+    if not terms.unusual:
+        raise UsageError(
+            "The base model that the mapper names was not accepted.",
+            expected="a base model of this machine, one that you name, or a yes",
+            found=terms.base.describe(),
+            remedy=f"if it is the one that you mean: --base_model {terms.base.name}, or --accept_recipe "
+            "(accept_recipe=True)",
+        )
     raise UsageError(
         "The terms of this fine-tune are unusual, and were not accepted.",
         expected="terms that are usual, or accepted",

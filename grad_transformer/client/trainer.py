@@ -28,7 +28,7 @@ from ..finetuning.tokens import IGNORED_LABEL
 from .arguments import PrivacyArguments
 from .checkpoints import read_history, write_manifest
 from .groups import Units, physical_batches
-from .mechanism import History, PerExampleClipping, PoissonBatchSampler, epsilon_of, plan_noise
+from .mechanism import History, PerExampleClipping, PoissonBatchSampler, check_rows_apart, epsilon_of, plan_noise
 from .progress import show_steps
 from .secure_random import SecureRandom
 
@@ -56,7 +56,8 @@ class PrivateSFTTrainer(SFTTrainer):
 
     Raises:
         [`UsageError`]: arguments that DP-SGD does not allow, or early stopping on private rows without being told so.
-        [`RecipeError`]: parameters whose per-example gradients cannot be computed.
+        [`RecipeError`]: parameters whose per-example gradients cannot be computed, or a model in which one row of a
+            batch changes the others.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class PrivateSFTTrainer(SFTTrainer):
         self._random = SecureRandom(known_seed=privacy.known_seed)
         assert (groups is None) == (privacy.group_column is None)
         self._check_arguments(args, trainer_kwargs.get("callbacks") or ())
+        check_rows_apart(model, args.max_length)
         super().__init__(
             model=model,
             args=args,
@@ -103,13 +105,16 @@ class PrivateSFTTrainer(SFTTrainer):
             "max_grad_norm": bool(args.max_grad_norm),
             "gradient_checkpointing": bool(args.gradient_checkpointing),
             "packing": bool(args.packing),
+            "bf16": bool(args.bf16),
+            "fp16": bool(args.fp16),
         }
         for name, is_wrong in wrong.items():
             if is_wrong:
                 raise UsageError(
                     f"`{name}` does not fit DP-SGD.",
                     expected="max_steps >= 1; max_grad_norm=0 and gradient_accumulation_steps=1, since examples are "
-                    "clipped one by one and batches cut here; no gradient checkpointing, no packing",
+                    "clipped one by one and batches cut here; no gradient checkpointing, no packing, and no mixed "
+                    "precision, in which clipped gradients are rounded by more than one example changes them",
                     found=getattr(args, name),
                 )
         self.selects_on_private_rows = bool(args.load_best_model_at_end)

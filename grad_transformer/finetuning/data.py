@@ -129,7 +129,7 @@ def row_order(num_rows: int, num_examples_needed: int, seed: int) -> list[int]:
 
 def _given_rows(rows: Any, path: str | Path | None) -> Iterator[SourceRow]:
     if hasattr(rows, "to_dict") and hasattr(rows, "columns"):
-        rows = rows.to_dict("records")  # a pandas DataFrame
+        rows = map(_without_nan, rows.to_dict("records"))  # a pandas DataFrame
     if isinstance(rows, Mapping | str | bytes) or not isinstance(rows, Iterable):
         splits = isinstance(rows, Mapping) and all(isinstance(value, Dataset) for value in rows.values())
         raise DataError(
@@ -145,6 +145,11 @@ def _given_rows(rows: Any, path: str | Path | None) -> Iterator[SourceRow]:
                 f"Row {index} is no row.", path=path, expected="a dict of columns", found=type(row).__name__
             )
         yield SourceRow(path, f"row {index}", row)
+
+
+def _without_nan(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of pandas, whose empty cells are NaN."""
+    return {name: None if isinstance(value, float) and value != value else value for name, value in row.items()}
 
 
 def _table(

@@ -22,7 +22,8 @@ from ..adapters.base_files import Source, locate
 from ..adapters.bases import load_causal_lm, load_tokenizer
 from ..adapters.lora_config import LORA_FIELDS
 from ..errors import AdapterFormatError, BaseModelMismatchError, DataError, RecipeError, UsageError
-from ..hub.names import is_repo_id
+from ..hub.names import is_repo_id, split_revision
+from ..hub.revisions import check_repo_id
 from ..wording import first_line
 
 
@@ -73,7 +74,7 @@ def load_root_base(
     """
     preview = preview_base(root, base_model=base_model)
     if preview.place == "hub" and base_model is None:
-        logger.warning(f"{preview.describe()}.")
+        logger.warning(f"Base model: {preview.describe()}.")
     files = locate(preview.name, revision=preview.revision)
     model = load_causal_lm(files, dtype=dtype, device=device)
     root.check_base(model)
@@ -101,16 +102,18 @@ class BasePreview:
             "hub": "to be downloaded from the Hub",
         }
         version = "" if self.place == "folder" else f" at {self.revision or 'its newest revision'}"
-        return f"Base model {self.name}{version}: {where[self.place]}"
+        return f"{self.name}{version}, {where[self.place]}"
 
 
 def preview_base(root: Root, *, base_model: str | Path | None = None) -> BasePreview:
     """Say which base model [`load_root_base`] will load. Nothing is downloaded, and the Hub is not asked.
 
     Raises:
-        [`UsageError`]: a mapper from the Hub names a path, on a machine that is not this one.
+        [`UsageError`]: a mapper from the Hub names a path, on a machine that is not this one; or there is no such
+            folder, and it can be no repository.
     """
-    name, revision = (root.base_model, root.base_revision) if base_model is None else (str(base_model), None)
+    name = root.base_model if base_model is None else str(base_model)
+    revision = root.base_revision if name == root.base_model else None
     if base_model is None and root.origin is not None and not is_repo_id(name):
         raise UsageError(
             "The mapper names a path as its base model.",
@@ -121,7 +124,10 @@ def preview_base(root: Root, *, base_model: str | Path | None = None) -> BasePre
         )
     if os.path.isdir(os.path.expanduser(name)):
         return BasePreview(name, None, "folder")
-    cached = is_repo_id(name) and isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+    name, named = split_revision(name, repo_type="model")
+    check_repo_id(name)
+    revision = named or revision
+    cached = isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
     return BasePreview(name, revision, "cache" if cached else "hub")
 
 

@@ -192,8 +192,8 @@ class FineTuningRecipe:
         """
         settings: dict[str, Any] = {
             "output_dir": str(output_dir),
-            "seed": seed,
-            "data_seed": seed,
+            "seed": int(seed),
+            "data_seed": int(seed),
             "learning_rate": self.learning_rate,
             "max_steps": self.max_steps,
             "per_device_train_batch_size": self.per_device_batch_size,

@@ -12,6 +12,7 @@ from huggingface_hub import constants
 
 from ..constants import COMMIT_PATTERN, REPO_ID_PATTERN
 from ..errors import HubError, UsageError
+from ..files import nearest_path
 from ..wording import in_ascii, one_line
 
 
@@ -160,6 +161,16 @@ def looks_like_path(name: str) -> bool:
         or re.match(r"[A-Za-z]:", name) is not None
         or _exists(str(Path(name).parent))
     )
+
+
+def did_you_mean(path: str | Path) -> str:
+    """A remedy for a folder that is not there: the one beside it whose name is nearly the same."""
+    path = Path(path)
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    except (OSError, ValueError):
+        names = []
+    return nearest_path(path, names)
 
 
 def _exists(text: str) -> bool:

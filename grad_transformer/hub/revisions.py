@@ -21,7 +21,15 @@ from ..errors import HubError, UsageError
 from ..files import MAX_JSON_BYTES, write_text_atomic
 from ..wording import in_ascii
 from .hashes import file_sha256, git_file_sha
-from .names import check_file_names, is_commit, is_repo_id, is_revision, looks_like_path, split_revision
+from .names import (
+    check_file_names,
+    did_you_mean,
+    is_commit,
+    is_repo_id,
+    is_revision,
+    looks_like_path,
+    split_revision,
+)
 from .origins import Origin, pulled_origin
 from .transfer import call_hub, cannot_connect
 
@@ -88,7 +96,7 @@ def fetch(
         repo_id, named = split_revision(name_or_path, repo_type=repo_type)
         if named is not None and revision is not None and named != revision:
             raise UsageError("Two revisions are given.", path=repo_id, expected="one", found=f"{named} and {revision}")
-        _check_repo_id(repo_id)
+        check_repo_id(repo_id)
         cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
         origin, info = _resolve(repo_id, revision or named, repo_type, token, cache, local_files_only)
         if info is not None:
@@ -140,7 +148,7 @@ def resolve(
         [`HubError`]: it cannot be found or reached, or a version tag was moved since it was last resolved here.
         [`UsageError`]: an id or a revision that can be none.
     """
-    _check_repo_id(repo_id)
+    check_repo_id(repo_id)
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
     return _resolve(repo_id, revision, repo_type, token, cache, local_files_only)[0]
 
@@ -214,8 +222,12 @@ def _cached_commit(reference: Path) -> str | None:
     return text if is_commit(text) else None
 
 
-def _check_repo_id(repo_id: str) -> None:
-    """Refuse what is plainly a path, or no id, before the Hub is asked for it."""
+def check_repo_id(repo_id: str) -> None:
+    """Refuse what is plainly a path, or no id, before the Hub is asked for it.
+
+    Raises:
+        [`UsageError`]
+    """
     path = Path(repo_id)
     if looks_like_path(repo_id) or not is_repo_id(repo_id):
         raise UsageError(
@@ -223,7 +235,7 @@ def _check_repo_id(repo_id: str) -> None:
             path=repo_id,
             expected="an existing folder, or the id of a repository on the Hub (org/name)",
             found="a file" if path.is_file() else f"no such entry in {path.parent}",
-            remedy="check the spelling; an id names the account too (openai-community/gpt2, not gpt2)",
+            remedy=f"{did_you_mean(path)}; an id names the account too (openai-community/gpt2, not gpt2)",
         )
 
 

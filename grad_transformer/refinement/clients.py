@@ -66,7 +66,7 @@ def refine_clients(
     student = Student(*loaded[1], target.root, FineTuningRecipe.from_dict(target.recipe))
     deltas = candidate_deltas(mapper, predictors, torch.stack([source.delta(client) for client in clients]))
     deltas = {name: values for name, values in deltas.items() if candidates is None or name in candidates}
-    with tqdm(desc="refinement on public prompts", bar_format="{desc}: {postfix} [{elapsed}]") as bar:
+    with tqdm(desc="refinement on public prompts", bar_format="{desc}{postfix} [{elapsed}]") as bar:
         tinylm = (attach_root(loaded[0][0], source.root), loaded[0][1])
         completions = complete_clients(clients, prompts, tinylm, arguments, progress=bar.set_postfix_str)
         refined = refine(completions, deltas, student, arguments, annotators=annotators, progress=bar.set_postfix_str)

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from ..verbosity import chosen_level
 from ..wording import PLAIN_TEXT_ERRORS, printable
 
@@ -61,7 +63,7 @@ def command_logging() -> Iterator[None]:
     before = (logger.level, logger.propagate)
     logger.setLevel(chosen_level() or logging.INFO)
     logger.propagate = False
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _AboveBars(sys.stderr)
     handler.setFormatter(_MessageFormatter())
     logger.addHandler(handler)
     try:
@@ -73,6 +75,14 @@ def command_logging() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.level, logger.propagate = before[0], before[1]
+
+
+class _AboveBars(logging.StreamHandler):
+    """Messages stand above progress bars, not behind them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
 
 class _MessageFormatter(logging.Formatter):

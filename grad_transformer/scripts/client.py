@@ -5,11 +5,11 @@
     grad-transformer client --mapper mapper --data private.jsonl --output_dir ceiling --role target
 
 Rows have a `prompt` and a `completion`, or `messages`, or Alpaca's columns; a file is read strictly, line by line, and
-nothing of it is cached. Root and recipe come with the mapper; they are shown before anything starts, and where they
-are unusual the command asks, or needs `--accept_recipe`. An adapter can reveal rows it was trained on: sending only
-the adapter is no privacy guarantee, `--dp_epsilon` is. Where people have several rows each, `--dp_group_column
-patient` protects all rows of one. `--role target` fine-tunes the LLM in the same way, for
-comparison.
+nothing of it is cached. Root, recipe and base model come with the mapper; they are shown before anything starts. Where
+they are unusual, or the base model has to be downloaded and `--base_model` does not name it, the command asks, or
+needs `--accept_recipe`. An adapter can reveal rows it was trained on: sending only the adapter is no privacy
+guarantee, `--dp_epsilon` is. Where people have several rows each, `--dp_group_column patient` protects all rows of
+one. `--role target` fine-tunes the LLM in the same way, for comparison.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ class ClientArguments:
     )
     accept_recipe: bool = field(
         default=False,
-        metadata={"help": "Accept unusual terms: of the mapper's recipe, or budget spent in this folder before."},
+        metadata={
+            "help": "Accept unusual terms (the mapper's recipe, budget spent in this folder before), and the "
+            "download of a base model that the mapper names and --base_model does not."
+        },
     )
     seed: int = field(default=0, metadata={"help": "Seed of the data order."})
     dtype: str = field(default="auto", metadata={"help": "dtype of the frozen base model; auto: as it is stored."})
@@ -60,7 +63,8 @@ class ClientArguments:
         default=False, metadata={"help": "Recompute activations: slower, with less memory."}
     )
     state_num_examples: bool = field(
-        default=False, metadata={"help": "Write into the adapter how many rows it was fine-tuned on."}
+        default=False,
+        metadata={"help": "Write into the adapter how many rows it was fine-tuned on; never with --dp_epsilon."},
     )
     dp_epsilon: float | None = field(
         default=None, metadata={"help": "Fine-tune with DP-SGD and spend this epsilon, 0.01 to 100; needs --dp_delta."}
@@ -191,12 +195,12 @@ def main(args: ClientArguments, columns: RowFlags) -> CommandResult:
 
 
 def _ask(terms: ClientTerms) -> bool:
-    """Ask on a terminal; without one, unusual terms need `--accept_recipe`."""
+    """Ask on a terminal; without one, such terms need `--accept_recipe`."""
     if not sys.stdin.isatty() or not sys.stderr.isatty():
         return False
     try:
         # stdout is kept for the result while a command runs: the question goes to stderr.
-        return input("These terms are unusual. Accept them? [y/N] ").strip().lower() in ("y", "yes")
+        return input("Do you accept these terms? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:
         return False
 

@@ -96,10 +96,10 @@ def verdict(heldout: dict[str, Any], validation_r2: float | None, output_dir: st
         key=lambda name: float(heldout[f"r2_{name}"]),
         default=None,
     )
+    read = "reads its input" if permuted is not None else "beats the mean shadow"
     if better is not None:
         return (
-            f"The mapper reads its input (R² {r2:.3f}{share}), but {better.replace('_', ' ')} does better: train "
+            f"The mapper {read} (R² {r2:.3f}{share}), but {better.replace('_', ' ')} does better: train "
             f"longer, or use `generate --method {better}`."
         )
-    read = "reads its input" if permuted is not None else "beats the mean shadow"
     return f"The mapper {read} (R² {r2:.3f}{share}). Next: grad-transformer client --mapper {output_dir}"

@@ -17,11 +17,11 @@ from ..adapters import LoraLayout, Root
 from ..adapters.io import atomic_write, member, read_record, write_json_atomic, write_text_atomic
 from ..adapters.rows import DeltaRows, text_column
 from ..constants import DELTA_DATASET_NAME, FORMAT_VERSION, PLAN_NAME
-from ..errors import DeltaDatasetError
+from ..errors import DeltaDatasetError, IncompleteArtifactError
 from ..hub import KINDS, Origin, fetch
 from ..hub.hashes import file_sha256
 from ..locks import sole_writer
-from ..outputs import prepare_output
+from ..outputs import check_manifest, prepare_output
 from ..schemas import DeltaDatasetRecord
 from .identity import dataset_fingerprint
 from .parquet import checked_ids, load_splits, schema_of, stream_splits
@@ -263,6 +263,7 @@ def load_delta_dataset(
         patterns = tuple(pattern for pattern in patterns if not pattern.endswith(".parquet"))
     fetched = fetch(name_or_path, allow_patterns=patterns, repo_type="dataset", revision=revision, **hub_kwargs)
     folder = fetched.folder
+    check_manifest(folder, DELTA_DATASET_NAME, "delta dataset", error=IncompleteArtifactError)
     manifest: dict[str, Any] = dict(read_record(folder / DELTA_DATASET_NAME, DeltaDatasetRecord))
     # Datasets of earlier versions do not carry it.
     if "fingerprint" in manifest and manifest["fingerprint"] != dataset_fingerprint(manifest):

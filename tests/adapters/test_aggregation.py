@@ -83,7 +83,7 @@ def test_krum_and_trimmed_mean_equal_loops_written_from_the_papers(count, dishon
         multi = aggregate_deltas(tensor, aggregation="multi_krum", num_dishonest=dishonest)
         np.testing.assert_allclose(multi, deltas[best[: count - dishonest]].mean(0))
     if count > 2 * dishonest:
-        trimmed = aggregate_deltas(tensor, aggregation="trimmed_mean", num_dishonest=dishonest)
+        trimmed = aggregate_deltas(tensor, aggregation="trimmed_mean", num_dishonest=np.int64(dishonest))
         expected = [np.sort(column)[dishonest : count - dishonest].mean() for column in deltas.T]
         np.testing.assert_allclose(trimmed, expected)
     np.testing.assert_allclose(aggregate_deltas(tensor, aggregation="median"), np.median(deltas, axis=0))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from grad_transformer.client.checkpoints import claim_folder, last_whole, read_history, record_delivery, write_manifest
+from grad_transformer.client.output import Spent
 from grad_transformer.errors import IncompleteArtifactError, UsageError
 
 
@@ -45,30 +46,39 @@ def test_a_manifest_that_says_nothing_is_a_typed_error(tmp_path: Path, content: 
 
 def test_a_folder_is_claimed_once_and_remembers_what_was_spent_before(tmp_path: Path) -> None:
     out, folder = tmp_path / "out", tmp_path / "checkpoints"
-    assert claim_folder(folder, IDENTITY, output_dir=out, spent=(1.0, 1e-5)) == (1.0, 1e-5)
-    # Meanwhile this run wrote its own adapter there: what it spent is not counted twice.
-    assert claim_folder(folder, IDENTITY, output_dir=out, spent=(3.0, 2e-5)) == (1.0, 1e-5)
-    assert claim_folder(folder, IDENTITY, output_dir=tmp_path / "other", spent=(2.0, 1e-6)) == (2.0, 1e-6)
+
+    def claim(place: Path, spent: Spent) -> Spent:
+        return claim_folder(folder, IDENTITY, output_dir=place, spent=spent)
+
+    assert claim(out, Spent(1.0, 1e-5)) == Spent(1.0, 1e-5)
+    # This run writes its own adapter there: what it spent is not counted twice.
+    make_checkpoint(folder, 4)
+    record_delivery(folder, 4, output_dir=out, stated=Spent(3.0, 2e-5))
+    assert claim(out, Spent(3.0, 2e-5)) == Spent(1.0, 1e-5)
+    assert claim(tmp_path / "other", Spent(2.0, 1e-6)) == Spent(2.0, 1e-6)
+    # Another run wrote there since: what that spent is not forgotten.
+    assert claim(out, Spent(5.0, 3e-5)) == Spent(5.0, 3e-5)
+    assert claim(out, Spent(unbounded=True)) == Spent(unbounded=True)
     with pytest.raises(UsageError, match="another fine-tune") as caught:
-        claim_folder(folder, {**IDENTITY, "rows": "c"}, output_dir=out, spent=(0.0, 0.0))
+        claim_folder(folder, {**IDENTITY, "rows": "c"}, output_dir=out, spent=Spent())
     assert caught.value.found == "a difference in rows"
 
 
 def test_a_delivered_run_whose_checkpoint_is_gone_does_not_spend_again(tmp_path: Path) -> None:
     out, folder = tmp_path / "out", tmp_path / "checkpoints"
-    claim_folder(folder, IDENTITY, output_dir=out, spent=(0.0, 0.0))
+    claim_folder(folder, IDENTITY, output_dir=out, spent=Spent())
     make_checkpoint(folder, 4)
     last = make_checkpoint(folder, 5)
-    record_delivery(folder, 5)
-    claim_folder(folder, IDENTITY, output_dir=out, spent=(1.0, 1e-5))
+    record_delivery(folder, 5, output_dir=out, stated=Spent(1.0, 1e-5))
+    claim_folder(folder, IDENTITY, output_dir=out, spent=Spent(1.0, 1e-5))
     (last / "privacy_accounting.json").unlink()
     with pytest.raises(UsageError, match="would spend again"):
-        claim_folder(folder, IDENTITY, output_dir=out, spent=(1.0, 1e-5))
+        claim_folder(folder, IDENTITY, output_dir=out, spent=Spent(1.0, 1e-5))
 
 
 def test_equal_rows_have_different_hashes_in_different_folders(tmp_path: Path) -> None:
     for name in "ab":
-        claim_folder(tmp_path / name, IDENTITY, output_dir=tmp_path / "out", spent=(0.0, 0.0))
+        claim_folder(tmp_path / name, IDENTITY, output_dir=tmp_path / "out", spent=Spent())
     first, second = (json.loads((tmp_path / name / "run.json").read_text())["identity"] for name in "ab")
     assert first["rows"] != second["rows"]
 
@@ -79,4 +89,4 @@ def test_checkpoints_of_nobody_are_refused(tmp_path: Path, content: str | None) 
     if content is not None:
         (tmp_path / "run.json").write_text(content)
     with pytest.raises(IncompleteArtifactError):
-        claim_folder(tmp_path, IDENTITY, output_dir=tmp_path / "out", spent=(0.0, 0.0))
+        claim_folder(tmp_path, IDENTITY, output_dir=tmp_path / "out", spent=Spent())

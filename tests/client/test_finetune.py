@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers.utils import logging
@@ -59,7 +60,7 @@ def test_it_reads_root_and_recipe_from_the_mappers_folder(tokenizer: LoraDeltaTo
     one, _ = finetune_client(tmp_path / "mapper", ROWS, tmp_path / "one")
     two, _ = finetune_client(tokenizer, ROWS, tmp_path / "two")
     assert torch.equal(one.flat(), two.flat())
-    other, _ = finetune_client(tokenizer, ROWS, tmp_path / "three", seed=1)
+    other, _ = finetune_client(tokenizer, ROWS, tmp_path / "three", seed=np.int64(1))
     assert not torch.equal(one.flat(), other.flat())
 
 

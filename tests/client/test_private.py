@@ -13,10 +13,10 @@ import torch
 from datasets import Dataset
 from dp_accounting.pld import pld_privacy_accountant
 from opacus.accountants import PRVAccountant
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from grad_transformer import LoraAdapter, LoraDeltaTokenizer
+from grad_transformer import LoraAdapter, LoraDeltaTokenizer, create_root
 from grad_transformer.adapters.privacy import statement_of
 from grad_transformer.client import finetune_client
 from grad_transformer.client.groups import Units, physical_batches, rows_by_group
@@ -35,7 +35,7 @@ from grad_transformer.client.trainer import PrivacyArguments, PrivateSFTTrainer,
 from grad_transformer.errors import DataError, IncompleteArtifactError, RecipeError, UsageError
 from grad_transformer.finetuning import FineTuningRecipe, attach_root, read_adapter_tensors
 from grad_transformer.lab import make_lab_tokenizer
-from tests.worlds import moved, tiny_root
+from tests.worlds import lora, moved, tiny_qwen2, tiny_root
 
 
 TOKENIZER = make_lab_tokenizer()
@@ -210,6 +210,42 @@ def test_rows_without_a_group_are_refused():
     with pytest.raises(DataError, match="no such column"):
         rows_by_group(rows, "person")
     assert rows_by_group([{"patient": p} for p in "abac"], "patient") == [[0, 2], [1], [3]]
+    for nobody in (float("nan"), "", " \t"):
+        with pytest.raises(DataError, match="Row 0 belongs to no group"):
+            rows_by_group([{"patient": nobody}], "patient")
+
+
+def test_a_person_spelled_in_two_ways_that_look_the_same_is_one_group():
+    names = ["Am\u00e9lie", "Ame\u0301lie", " Am\u00e9lie ", "Am\u00e9lia", 7, "7"]
+    assert rows_by_group([{"patient": name} for name in names], "patient") == [[0, 1, 2], [3], [4, 5]]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_base_model_whose_rows_depend_on_the_longest_of_the_batch_is_refused(tmp_path, kind):
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0, 1.0], "long_factor": [4.0, 4.0], "original_max_position_embeddings": 8}
+    base = tiny_qwen2(tmp_path / "base", rope_parameters=rope, initializer_range=0.5)
+    root = create_root(base, lora(), output_dir=tmp_path / "root", seed=0)
+    config = AutoConfig.from_pretrained(base)
+    config.max_position_embeddings = 8
+    model = attach_root(AutoModelForCausalLM.from_pretrained(base, config=config), root)
+    batch = {name: value[:, :12] for name, value in make_batch(2).items() if name != "unit"}
+    batch["attention_mask"][0, 6:] = 0
+    batch["labels"][0, 6:] = -100
+    short = {name: value[:1, :6] for name, value in batch.items()}
+    # What is refused: a second, longer row changes the loss of the first.
+    with torch.no_grad():
+        apart = float(example_losses(model, batch)[0] - example_losses(model, short)[0])
+    assert abs(apart) > 1e-4
+    with pytest.raises(RecipeError, match="differently when one of them is long"):
+        make_trainer(model, tmp_path / "t")
+    make_trainer(model, tmp_path / "t", max_length=8)
+
+
+def test_mixed_precision_is_refused(model, tmp_path):
+    with pytest.raises(UsageError, match="`fp16` does not fit"):
+        make_trainer(model, tmp_path / "t", fp16=True)
 
 
 def test_dropout_is_off_since_masks_would_go_by_the_place_in_the_batch(tmp_path):
@@ -412,6 +448,19 @@ def client(root, tmp_path):
     return tokenizer, rows
 
 
+@pytest.mark.parametrize("place", ["rows", "eval_rows"])
+def test_tokens_beyond_the_embedding_are_refused_before_the_first_step(client, tmp_path, place):
+    tokenizer, rows = client
+    longer = make_lab_tokenizer()
+    longer.add_tokens([f"<new{i}>" for i in range(64)])
+    longer.save_pretrained(tmp_path / "base")
+    odd = [*rows, {"prompt": "?1 <new63> >", "completion": "1"}]
+    privacy = PrivacyArguments(**NO_NOISE, batch_size=4, allow_early_stopping=True)
+    given = {"rows": rows, "eval_rows": rows, "early_stopping_patience": 1, place: odd}
+    with pytest.raises(DataError, match="Row 12 has a token that the base model does not know"):
+        finetune_client_privately(tokenizer, output_dir=tmp_path / "out", privacy=privacy, **given)
+
+
 def test_a_client_writes_its_bound_into_metadata_and_card(client, tmp_path):
     tokenizer, rows = client
     adapter, result, statement = finetune_client_privately(
@@ -470,6 +519,28 @@ def test_a_second_private_run_into_a_folder_adds_up_and_a_plain_one_takes_the_ca
     finetune_client(tokenizer, rows, tmp_path / "out")
     assert not (tmp_path / "out" / "README.md").exists()
     assert LoraAdapter.from_pretrained(tmp_path / "out").metadata["differential_privacy"] is None
+    # A bound after it says that there was one without: what that one tells of the same rows is in no bound.
+    with pytest.raises(UsageError, match="unusual") as caught:
+        finetune_client_privately(tokenizer, rows, tmp_path / "out", privacy=privacy)
+    assert "without a bound" in caught.value.found
+
+
+def test_the_exact_number_of_rows_never_leaves_beside_a_bound(client, tmp_path):
+    tokenizer, rows = client
+    privacy = PrivacyArguments(noise_multiplier=1.0, delta=1e-3, batch_size=4, accountant="rdp")
+    with pytest.raises(UsageError, match="does not say how many rows"):
+        finetune_client_privately(tokenizer, rows, tmp_path / "out", privacy=privacy, state_num_examples=True)
+
+
+def test_a_token_that_the_base_model_does_not_know_is_a_typed_error(client, tmp_path):
+    tokenizer, rows = client
+    text_tokenizer = make_lab_tokenizer()
+    text_tokenizer.add_tokens([f"<new{index}>" for index in range(64)])
+    text_tokenizer.save_pretrained(tmp_path / "base")
+    privacy = PrivacyArguments(noise_multiplier=1.0, delta=1e-3, batch_size=4, accountant="rdp")
+    rows = [{**row, "completion": "<new63>"} for row in rows]
+    with pytest.raises(DataError, match="a token that the base model does not know"):
+        finetune_client_privately(tokenizer, rows, tmp_path / "out", privacy=privacy)
 
 
 def test_a_known_seed_repeats_the_run_and_states_no_bound(client, tmp_path):

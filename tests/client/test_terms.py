@@ -9,10 +9,10 @@ import pytest
 
 from grad_transformer.client import output
 from grad_transformer.client.arguments import NoisePlan, PrivacyArguments
-from grad_transformer.client.output import check_outside, disk_errors, spent_before
+from grad_transformer.client.output import Spent, check_outside, disk_errors, spent_before
 from grad_transformer.client.terms import ClientTerms, agree
 from grad_transformer.errors import AdapterFormatError, OutputError, RecipeError, UsageError
-from grad_transformer.finetuning import FineTuningRecipe
+from grad_transformer.finetuning import BasePreview, FineTuningRecipe
 from tests.worlds import moved, tiny_root
 
 
@@ -23,7 +23,8 @@ def terms(recipe: FineTuningRecipe = RECIPE, *, rate: float = 0.0625, **changes:
     privacy = PrivacyArguments(epsilon=1.0, delta=1e-5, batch_size=16)
     noise = NoisePlan(rate, 16, 2.8, recipe.max_steps, "prv", 0.997)
     fields = {"privacy": privacy, "noise": noise, "num_units": 256, **changes}
-    return ClientTerms(base_model="acme/tiny", base_revision="abc", recipe=recipe, num_rows=256, **fields)
+    fields = {"base": BasePreview("acme/tiny", "abc", "cache"), "named_by_mapper": True, **fields}
+    return ClientTerms(recipe=recipe, num_rows=256, **fields)
 
 
 def test_the_terms_say_all_that_decides_what_happens_to_the_rows() -> None:
@@ -67,8 +68,31 @@ def test_an_unusual_recipe_needs_a_yes(changes: dict[str, Any], code: str) -> No
 
 def test_batches_of_all_rows_and_spent_budget_are_unusual() -> None:
     assert terms(rate=1.0).unusual == ("whole_batch",)
-    spent = terms(earlier=(2.0, 1e-5))
+    spent = terms(earlier=Spent(2.0, 1e-5))
     assert spent.unusual == ("spent_before",) and "in total (2.997, 2e-05)" in spent.text()
+    assert terms(earlier=Spent(unbounded=True)).unusual == ("unbounded_before",)
+    assert terms(earlier=Spent(unbounded=True), privacy=None, noise=None).unusual == ()
+
+
+def test_an_adapter_without_a_bound_in_the_folder_is_known(tmp_path: Path) -> None:
+    assert spent_before(tmp_path) == Spent()
+    # A process was killed between the weights and what is said of them.
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    assert spent_before(tmp_path) == Spent(unbounded=True)
+    (tmp_path / "grad_transformer.json").write_text('{"format_version": 1}')
+    assert spent_before(tmp_path) == Spent(unbounded=True)
+
+
+def test_a_base_model_that_only_the_mapper_names_is_downloaded_after_a_yes() -> None:
+    base = BasePreview("acme/tiny", "abc", "hub")
+    unconfirmed = terms(base=base)
+    assert "acme/tiny at abc, to be downloaded from the Hub, as the mapper names it" in unconfirmed.text()
+    with pytest.raises(UsageError, match="base model that the mapper names") as caught:
+        agree(unconfirmed, False)
+    assert "--base_model acme/tiny" in str(caught.value)
+    agree(unconfirmed, True)
+    assert unconfirmed.unusual == ()  # nothing that whoever receives the adapter must know
+    agree(terms(base=base, named_by_mapper=False), False)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import given
@@ -45,6 +46,15 @@ def test_messages_end_in_the_turn_that_is_learned(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=f"`messages` of line 1 .*{message}"):
             load(tmp_path, [{"messages": messages}])
+
+
+def test_empty_cells_of_a_data_frame_are_missing(tmp_path: Path) -> None:
+    alpaca = {"instruction": ["Add.", "Say hello."], "input": ["1 2", None], "output": ["3", "Hello."]}
+    rows = check_rows(pandas.DataFrame({**alpaca, "task": [None, "hello"]}))
+    assert rows["prompt"][1] == "### Instruction:\nSay hello.\n\n### Response:\n"
+    assert rows["task"][:] == [None, "hello"]
+    with pytest.raises(DataError, match="`completion` of row 1 is missing"):
+        check_rows(pandas.DataFrame({"prompt": ["a", "b"], "completion": ["c", float("nan")]}))
 
 
 def test_alpacas_columns_become_a_prompt_with_its_headings(tmp_path: Path) -> None:

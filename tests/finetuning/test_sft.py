@@ -293,8 +293,13 @@ def test_a_mapper_from_the_hub_names_no_path_of_this_machine(
         with pytest.raises(UsageError, match="names a path"):
             load_root_base(replace(fetched, base_model=name))
     assert load_root_base(fetched, base_model=tmp_path / "base")[0].dtype == torch.float32
-    preview = preview_base(replace(fetched, base_model="acme/tiny", base_revision="1" * 40))
-    assert preview.describe() == f"Base model acme/tiny at {'1' * 40}: to be downloaded from the Hub"
+    hub = replace(fetched, base_model="acme/tiny", base_revision="1" * 40)
+    assert preview_base(hub).describe() == f"acme/tiny at {'1' * 40}, to be downloaded from the Hub"
+    # Named by the client too, it is the same version of it.
+    assert preview_base(hub, base_model="acme/tiny").revision == "1" * 40
+    assert preview_base(hub, base_model="acme/other@v1").revision == "v1"
+    with pytest.raises(UsageError, match="did you mean .*base"):
+        preview_base(hub, base_model=tmp_path / "bose")
 
 
 def test_another_base_model_is_refused_before_its_tokenizer_is_read(tmp_path: Path, world: tuple[Path, Root]) -> None:

@@ -155,7 +155,7 @@ def published(hub, tmp_path):
     mapper.save_pretrained(tmp_path / "mapper")
     write_json_atomic(tmp_path / "mapper" / "heldout.json", HELDOUT)
     write_json_atomic(tmp_path / "mapper" / "training_log.json", {"log_history": []})
-    write_json_atomic(tmp_path / "mapper" / "shift.json", {"format_version": 1, "num_shadows": 4, "num_heldout": 1})
+    write_json_atomic(tmp_path / "mapper" / "shift.json", {"format_version": 1, "num_shadows": 8, "num_heldout": 2})
     save_file({"mean": torch.zeros(1)}, tmp_path / "mapper" / "shift.safetensors")
     told = report(client_report("Bank of Somewhere"))
     told |= {"preset": "own", "seed": 0, "wall_seconds": {}, "delta_reproducibility": {"tinylm": None, "llm": None}}

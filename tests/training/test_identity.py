@@ -297,6 +297,7 @@ def test_the_verdict_says_what_to_do() -> None:
         ({"r2_permuted_inputs": 0.7}, "hardly reads"),
         ({"r2_ridge": 0.9}, "--method ridge"),
         ({"r2_permuted_inputs": None, "r2_ceiling": None}, "beats the mean shadow (R² 0.800)"),
+        ({"r2_permuted_inputs": None, "r2_ridge": 0.9}, "beats the mean shadow (R² 0.800, 80%"),
     ):
         assert words in verdict({**good, **change}, None, "out"), change
 
