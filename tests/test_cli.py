@@ -381,7 +381,10 @@ def test_what_nobody_foresaw_is_one_line_and_a_traceback_on_request(
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (OSError(28, "No space left on device", "out/x"), "OSError: No space left on device\n  path:     out/x"),
+        (
+            OSError(28, "No space left on device", "out/x"),
+            "The system refused to read or write a file.\n  path:     out/x",
+        ),
         (MemoryError(), "The memory is not enough."),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), "CUDA out of memory"),
     ],

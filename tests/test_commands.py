@@ -15,6 +15,7 @@ from grad_transformer.adapters.io import write_text_atomic
 from grad_transformer.evaluation.records import METHODS
 from grad_transformer.evaluation.report import read_report
 from grad_transformer.lab import make_lab_tokenizer
+from tests import manifests
 from tests.worlds import tiny_qwen2
 
 
@@ -168,7 +169,10 @@ def test_a_generated_adapter_needs_nothing_of_this_library(folder: Path) -> None
         (["build", "absent", "--output_dir", "o"], "plan.json"),
         (["client", "--mapper", "absent/absent", "--data", "d.jsonl", "--output_dir", "o"], "d.jsonl"),
         (["generate", "--mapper", "mapper", "--adapters", "a", "--output_dir", "o", "--method", "best"], "mapper"),
-        (["evaluate", "--mapper", "m", "--dataset", "d", "--clients", "absent.yaml", "--output_dir", "o"], "clients"),
+        (
+            ["evaluate", "--mapper", "m", "--dataset", "d", "--clients", "absent.yaml", "--output_dir", "o"],
+            "absent.yaml",
+        ),
     ],
 )
 def test_bad_input_is_one_screen_and_exit_code_2(arguments: list[str], words: str, run_cli: Any) -> None:
@@ -180,7 +184,7 @@ def test_bad_input_is_one_screen_and_exit_code_2(arguments: list[str], words: st
 
 
 def test_a_report_can_be_inspected(tmp_path: Path, run_cli: Any) -> None:
-    write_text_atomic(tmp_path / "report.json", '{"format_version": 1, "seed": 0, "blocks": {"cosine": [1.0]}}')
+    write_text_atomic(tmp_path / "report.json", json.dumps({**manifests.REPORT, "blocks": {"cosine": [1.0]}}))
     outcome = run_cli("inspect", tmp_path)
     assert outcome.code == 0, outcome.stderr
     assert "report" in outcome.stdout
@@ -197,8 +201,8 @@ def test_paths_devices_and_dtypes_that_do_not_exist_are_said_so(tmp_path: Path, 
         (generate, "Neither a folder nor"),
         ([*generate, "--dtype", "foo"], "no such dtype"),
         ([*generate, "--device", "foo"], "no such device"),
-        ([*generate, "--device", "cuda"], "This machine has no such device"),
-        (["shadow", "nope", "--device", "cuda:3"], "This machine has no such device"),
+        ([*generate, "--device", "cuda"], "no such device on this machine"),
+        (["shadow", "nope", "--device", "cuda:3"], "no such device on this machine"),
         (["evaluate", *evaluate, "--dtype", "int8"], "no such dtype"),
     ):
         outcome = run_cli(*arguments)

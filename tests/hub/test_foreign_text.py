@@ -15,8 +15,8 @@ from grad_transformer.hub import Origin, pull_folder
 from grad_transformer.hub.cards import card_files, merge_text
 from grad_transformer.hub.fields import Fields, code
 from grad_transformer.hub.kinds import KINDS
+from tests import manifests
 from tests.hub.worlds import client_adapter, tiny_mapper, tiny_roots
-from tests.manifests import DELTA_DATASET
 
 
 OPEN, CLOSE = "<!-- grad_transformer: facts -->", "<!-- /grad_transformer: facts -->"
@@ -64,15 +64,24 @@ REPORT = {
         {
             "id": "seen-0",
             "kind": "seen",
-            "tinylm": 0.1,
-            "llm_base": 0.0,
             "generated": 0.5,
             "pgr": 50.0,
             "controls": {"ridge": 0.4},
+            "tinylm": 0.1,
+            "llm_base": 0.0,
         }
     ],
 }
-DATASET = {**DELTA_DATASET, "data": {"path": "org/rows"}, "missing_runs": ["a"]}
+DATASET = {
+    **manifests.DELTA_DATASET,
+    "roots": {
+        "source": {**manifests.ROOT_FACTS, "base_model": "org/tiny"},
+        "target": {**manifests.ROOT_FACTS, "base_model": "org/large"},
+    },
+    "splits": {"train": {"runs": 3, "pairs": 9}},
+    "data": {"path": "org/rows"},
+    "missing_runs": ["a"],
+}
 CARDS = {
     "client_adapter": {"adapter_config.json": CONFIG, "grad_transformer.json": METADATA},
     "generated_adapter": {"adapter_config.json": CONFIG, "grad_transformer.json": GENERATED},
@@ -125,9 +134,11 @@ def test_a_field_of_any_other_type_makes_a_typed_error_or_an_honest_card(kind):
 
 
 def test_base_models_and_names_are_letters_in_prose_and_nothing_in_code():
-    # What a terminal would obey is refused with the file; the rest is shown as letters.
-    name = HOSTILE.removesuffix("\x1b[2J\u202e")
-    text = card("client_adapter", {"adapter_config.json": {**CONFIG, "base_model_name_or_path": name}})
+    with pytest.raises(UsageError, match="mislead a reader"):
+        card("client_adapter", {"adapter_config.json": {**CONFIG, "base_model_name_or_path": HOSTILE}})
+    visible = HOSTILE.replace("\x1b[2J\u202e", "")
+    text = card("client_adapter", {"adapter_config.json": {**CONFIG, "base_model_name_or_path": visible}})
+    assert "## Endorsed" not in text and "<img" not in text
     assert 'from_pretrained("path/to/its/base-model")' in text and ModelCard(text).data.base_model is None
     assert code("a`b\n<c>|d\x1b[2J") == "`a_b _c__d__2J`"
     assert code("x" * 1000) == f"`{'x' * 99}…`"
@@ -284,6 +295,6 @@ def test_a_forged_adapter_of_an_older_version_is_not_published(hub, tmp_path):
     made = tiny_mapper(roots).generate_adapter(client_adapter(roots[0]))
     made.metadata["generated"]["clients"] = [{"repo_id": HOSTILE, "revision": None, "sha": "0"}]
     made.save_pretrained(tmp_path / "made")
-    with pytest.raises(GradTransformerError, match="grad_transformer.json is not"):
+    with pytest.raises(GradTransformerError, match="mislead a reader"):
         push_folder(tmp_path / "made", "acme/llm")
-    assert ("model", "acme/llm") not in hub.store.repos
+    assert "README.md" not in hub.store.repos[("model", "acme/llm")].commit_at("main").tree

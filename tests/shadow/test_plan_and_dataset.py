@@ -150,8 +150,6 @@ def test_without_overlap_no_row_is_used_twice(world: dict[str, Any]) -> None:
         ({"num_runs": 10**7}, "`num_runs`"),
         ({"num_runs": 10**5, "rows_per_run": 100}, "`num_runs x rows_per_run`"),
         ({"seed": -1}, "`seed`"),
-        ({"source_recipe": RECIPE.replace(max_steps=10**6, snapshot_last=10**5)}, "`snapshots of a run`"),
-        ({"source_recipe": RECIPE.replace(max_steps=10**6, snapshot_every=2)}, "`snapshots of a run`"),
         ({"tasks": ["absent"]}, "not in the data"),
         ({"strategy": "sideways"}, "task by task"),
         ({"target_recipe": RECIPE.replace(snapshot_last=1)}, "cannot be paired"),

@@ -101,7 +101,7 @@ def test_the_files_cover_every_experiment() -> None:
 def test_a_dry_run_says_hours_disk_and_memory(path: Path, run_cli, tmp_path: Path) -> None:
     outcome = run_cli("study", "--config", path, "--output_dir", tmp_path, "--dry_run", "--gpu", "H100")
     assert outcome.code == 0, outcome.stderr
-    for part in ("hours of one H100", "GiB of disk", "GiB of memory", "shadows Qwen/Qwen2.5-7B-Instruct"):
+    for part in (" of one H100", "GiB of disk", "GiB of memory", "shadows Qwen/Qwen2.5-7B-Instruct"):
         assert part in outcome.stdout
 
 

@@ -17,6 +17,7 @@ from grad_transformer.errors import UsageError
 from grad_transformer.study.builders import StudyBuilder
 from grad_transformer.study.experiments import EXPERIMENTS, experiments_of
 from grad_transformer.study.runner import run_stages
+from grad_transformer.study.schema import check_study
 from grad_transformer.study.spec import StudySpec
 from grad_transformer.study.stages import Stage, in_order
 from grad_transformer.study.summary import TIMINGS, write_study
@@ -138,12 +139,12 @@ def test_a_key_is_of_all_that_decides_the_result_and_of_nothing_else() -> None:
         ({"shadows": {"runs": 3}}, "`shadows` of the study has an unknown key"),
         ({"tinylm": "XL"}, "no such tinylm"),
         ({"world": "text"}, "needs tasks"),
-        ({"world": "text", "tasks": ["drop"]}, "Base model M has no `model`"),
+        ({"world": "text", "tasks": ["drop"]}, "`M.model`: field required"),
     ],
 )
 def test_a_spec_that_cannot_be_run_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        spec(**changes)
+        check_study(spec(**changes))
 
 
 def test_a_dry_run_shows_the_cost_and_runs_nothing(run_cli, tmp_path: Path) -> None:
