@@ -77,6 +77,11 @@ def one_line(text: object, most: int = MAX_VALUE_CHARACTERS) -> str:
     return f"{line[: most - 3 - kept]} … {line[len(line) - kept :]}"
 
 
+def in_ascii(value: object, most: int = 120) -> str:
+    """A foreign value that was refused, in quotes and ASCII: a letter that only looks like another shows itself."""
+    return ascii(value[:most] if isinstance(value, str) else value)[:most]
+
+
 def first_line(error: BaseException, most: int = 300) -> str:
     """The first line of what an error says, shortened: other libraries write pages."""
     return (str(error).strip().splitlines() or [""])[0][:most]

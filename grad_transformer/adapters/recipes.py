@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import AdapterFormatError
+from ..wording import in_ascii
 from .privacy import STATEMENT_KEY
 
 
@@ -57,7 +58,7 @@ def recipe_differences(
             "The adapter's recipe cannot be read.",
             path=path,
             expected="an object of numbers and names",
-            found=ascii(stated)[:80],
+            found=in_ascii(stated, 80),
             remedy=f"write it again with this library, or remove `{RECIPE_KEY}` from the adapter's metadata",
         )
     ours, theirs = _deciding(recipe), _deciding(stated)
@@ -94,4 +95,4 @@ def _same(ours: Any, theirs: Any) -> bool:
 def _shown(value: Any) -> str:
     if value is None:
         return "none"
-    return ascii(value) if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
+    return in_ascii(value) if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)

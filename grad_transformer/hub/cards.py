@@ -29,7 +29,7 @@ from ..constants import (
     REPORT_NAME,
 )
 from ..errors import UsageError
-from ..wording import describe_error
+from ..wording import describe_error, in_ascii
 from .adapter_facts import adapter_facts
 from .card_facts import Facts, delta_dataset_facts, mapper_facts
 from .fields import Fields
@@ -67,7 +67,7 @@ def card_files(
         [`UsageError`]: a fact is malformed; the card before is no text, or its metadata cannot be kept.
     """
     if not is_repo_id(repo_id):
-        raise UsageError("This can be no repository.", expected="an id such as org/name", found=ascii(repo_id)[:120])
+        raise UsageError("This can be no repository.", expected="an id such as org/name", found=in_ascii(repo_id))
     facts = _facts(kind, files, repo_id)
     template = Template((TEMPLATES / f"{kind.name}.md").read_text(encoding="utf-8"))
     body = template.substitute(facts.words)

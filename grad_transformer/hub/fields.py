@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError
+from ..wording import in_ascii
 from .origins import Origin
 
 
@@ -105,7 +106,7 @@ class Fields:
         return f"{self.where}: {name}" if ": " not in self.where else f"{self.where}.{name}"
 
     def _wrong(self, name: str, expected: str, value: object) -> UsageError:
-        shown = ascii(value)[:80] if isinstance(value, str | int | float) else type(value).__name__
+        shown = in_ascii(value, 80) if isinstance(value, str | int | float) else type(value).__name__
         return UsageError(
             "A field of a file that would be published is malformed.",
             path=self._below(name) if name else self.where,

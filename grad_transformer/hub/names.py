@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from ..constants import COMMIT_PATTERN, REPO_ID_PATTERN
 from ..errors import HubError, UsageError
 from ..files import nearest_path
+from ..wording import in_ascii, one_line
 
 
 _REPO_ID = re.compile(REPO_ID_PATTERN)
@@ -74,7 +75,7 @@ def check_file_names(names: Iterable[str], *, path: str | Path) -> None:
                 "A file has a name that is not safe to write.",
                 path=path,
                 expected="names below the folder, of letters, digits and . _ - + =",
-                found=ascii(name[:120]),
+                found=in_ascii(name),
                 remedy="do not use this repository, or ask its owner to rename the file",
             )
         folder = next((above for above in _folders_above(name) if above in known), None)
@@ -83,7 +84,7 @@ def check_file_names(names: Iterable[str], *, path: str | Path) -> None:
                 "A file is also a folder.",
                 path=path,
                 expected="one of both",
-                found=ascii(folder[:120]),
+                found=in_ascii(folder),
                 remedy="do not use this repository, or ask its owner to rename the file",
             )
 
@@ -143,7 +144,7 @@ def _from_address(text: str, address: re.Match[str], repo_type: str | None) -> t
 def _no_address(text: str, repo_type: str | None, *, found: str) -> UsageError:
     return UsageError(
         f"The address does not lead to a {repo_type or 'repository'} on the Hub.",
-        path=ascii(text[:200])[1:-1],
+        path=one_line(text, 200),
         expected=f"{constants.ENDPOINT}/{'datasets/' if repo_type == 'dataset' else ''}org/name, or org/name",
         found=found,
         remedy="give the repository's id, with its version as org/name@v1.0",

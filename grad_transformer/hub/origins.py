@@ -21,6 +21,7 @@ from transformers.utils import logging
 from ..errors import HubError
 from ..files import read_record, write_json_atomic
 from ..schemas import PullRecord
+from ..wording import in_ascii
 from .hashes import file_sha256
 from .names import is_commit, is_repo_id, is_revision
 
@@ -59,7 +60,7 @@ class Origin:
                 raise HubError(
                     f"`{name}` of an origin on the Hub is malformed.",
                     expected="a repository id, a tag or branch, and a commit of 40 hexadecimal digits",
-                    found=ascii(getattr(self, name))[:120],
+                    found=in_ascii(getattr(self, name)),
                     remedy="make again what names it",
                 )
 

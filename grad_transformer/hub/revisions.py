@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ..errors import HubError, UsageError
 from ..files import MAX_JSON_BYTES, write_text_atomic
 from ..outputs import holds
+from ..wording import in_ascii
 from .hashes import file_sha256, git_file_sha
 from .names import (
     check_file_names,
@@ -167,7 +168,7 @@ def _resolve(
             "This can be no version of a repository.",
             path=repo_id,
             expected="a tag, a branch or a commit",
-            found=ascii(revision[:120]),
+            found=in_ascii(revision),
         )
     # Offline a tag names what it named when it was last resolved; a commit names itself.
     reference = cache / repo_folder_name(repo_id=repo_id, repo_type=repo_type) / "refs"

@@ -222,9 +222,7 @@ def test_routed_experts_are_refused(tmp_path: Path) -> None:
 def test_an_adapter_that_diverges_is_named(opt: tuple[PreTrainedModel, Root]) -> None:
     model, root = opt
     with pytest.raises(RecipeError, match="Run 0 diverged"):
-        run_batched(
-            model, TOKENIZER, root, jobs(2), RECIPE.replace(adam_epsilon=0.0, max_grad_norm=0.0)
-        )
+        run_batched(model, TOKENIZER, root, jobs(2), RECIPE.replace(adam_epsilon=0.0, max_grad_norm=0.0))
 
 
 def test_the_tokenizer_may_lack_a_padding_token(opt: tuple[PreTrainedModel, Root]) -> None:
