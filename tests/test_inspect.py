@@ -67,7 +67,10 @@ def test_adapters_say_whose_they_are_and_what_they_claim(run_cli: Any, tmp_path:
     assert "names no root" in run_cli("inspect", tmp_path).stdout
     for metadata, words in (
         ({"root": manifests.ROOT_FACTS}, ("A client's adapter of acme/small", "no guarantee", "generate --mapper")),
-        ({"generated": {"clients": [{}, {}]}}, ("generated from 2 client adapters", "PeftModel.from_pretrained")),
+        (
+            {"generated": {"clients": [{"sha256": "0" * 64}, {"sha256": "1" * 64}]}},
+            ("generated from 2 client adapters", "PeftModel.from_pretrained"),
+        ),
     ):
         write_json_atomic(tmp_path / ADAPTER_METADATA_NAME, metadata)
         text = run_cli("inspect", tmp_path).stdout
