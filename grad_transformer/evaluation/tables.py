@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-from ..wording import describe_seconds
+from ..wording import describe_seconds, one_line
 from .records import KINDS, METHODS, ClientReport, HeldoutScores, Report, pooled_pgr
 
 
@@ -223,7 +224,7 @@ def _client_table(grouped: Sequence[tuple[str, list[ClientReport]]]) -> str:
         for client in clients:
             scores = [_number(client.score(name)) for name in names]
             pgrs = [_pgr(client), *(_percent(client.pgr_of(name), client) for name in _methods_with_pgr(names))]
-            lines.append(_row([client.id, kind, str(client.n_test), *scores, *pgrs]))
+            lines.append(_row([_named(client.id), kind, str(client.n_test), *scores, *pgrs]))
         means = _kind_row(kind, clients, names)
         lines.append(_row([f"**mean of {means[1]}**", f"**{kind}**", "", *(f"**{c}**" for c in means[2:])]))
     return "\n".join(lines)
@@ -238,7 +239,7 @@ def _nll_table(grouped: Iterable[tuple[str, list[ClientReport]]]) -> str | None:
     lines = [_row(["client", "kind", *(_LABELS.get(name, name) for name in names)])]
     lines.append(_row(["---", "---", *["---:"] * len(names)]))
     for client in clients:
-        lines.append(_row([client.id, client.kind, *(_number(client.nll.get(name)) for name in names)]))
+        lines.append(_row([_named(client.id), client.kind, *(_number(client.nll.get(name)) for name in names)]))
     return "\n".join(lines)
 
 
@@ -307,6 +308,11 @@ def _wall_time(report: Report) -> str:
         return "not measured."
     stages = ", ".join(f"{stage} {describe_seconds(seconds)}" for stage, seconds in report.wall_seconds.items())
     return f"{describe_seconds(sum(report.wall_seconds.values()))} in all: {stages}."
+
+
+def _named(client: str) -> str:
+    """An id in a cell of a table: one line, and no markup."""
+    return re.sub(r"[\\`<>\[\]]", lambda match: f"\\{match.group()}", one_line(client, 80))
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -31,7 +31,10 @@ _TOKENS = (
     r"api_org_[A-Za-z0-9]{20}",
     r"gh[opsu]_[A-Za-z0-9]{30}",
     r"github_pat_\w{22}",
+    r"glpat-[\w-]{20}",
     r"AKIA[0-9A-Z]{16}",
+    r"AIza[\w-]{35}",
+    r"xox[abeprs]-[A-Za-z0-9-]{20}",
     r"PRIVATE KEY-----",
 )
 _TOKEN_TEXT = re.compile("|".join((*_TOKENS, r"\bsk-[A-Za-z0-9_-]{32}")))

@@ -122,6 +122,11 @@ def test_report_json_is_the_contract(tmp_path) -> None:
     assert data["clients"][2]["gap_too_small"] is True
 
 
+def test_the_id_of_a_client_is_one_cell_without_markup() -> None:
+    text = markdown(report(clients=[client("<img src=x>|[a](b)\n# evil")]))
+    assert "| \\<img src=x\\>\\|\\[a\\](b)" in text and "\n# evil" not in text
+
+
 def test_methods_beside_the_mapper_have_their_own_columns_and_pgr() -> None:
     refined = client(methods={"refined": right(19), "public_weak_to_strong": right(11)}, nll={"refined": right(1)})
     assert refined.pgr_of("refined") == pytest.approx(90.0)

@@ -38,6 +38,9 @@ NAMES = ("Bank of Somewhere", "St. Mary's", "acme-corp")
 TEXTS = {
     f"see {TOKEN}.": "an access token",
     "AKIA" + "A" * 16: "an access token",
+    "glpat-" + "a" * 20: "an access token",
+    "AIza" + "a" * 35: "an access token",
+    "xoxb-" + "1" * 24: "an access token",
     "-----BEGIN RSA PRIVATE KEY-----": "an access token",
     "s3://bank/private.jsonl?X-Amz-Signature=abc": "a signed address",
     "https://x.blob.example/c?sv=1&sig=abc": "a signed address",
