@@ -13,7 +13,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ def run_in_workers(kind: Kind, valid: Path, *, seed: int, inputs: int, workers: 
         while waiting or running:
             while waiting and len(running) < workers:
                 running.append(_Worker(context, kind, valid, seed, waiting.pop(), Path(temporary)))
+            wait([worker.receiver for worker in running], timeout=0.05)
             for worker in list(running):
                 rest = worker.step(tally)
                 if rest is not None:
@@ -128,16 +129,15 @@ class _Worker:
         sender.close()
 
     def step(self, tally: Tally) -> range | None:
-        """Take one message; the inputs that are left once the process has ended, `None` before."""
+        """Take what messages there are; the inputs that are left once the process has ended, `None` before."""
         try:
-            if self.receiver.poll(0.05):
+            while self.receiver.poll():
                 message = self.receiver.recv()
                 self.began = time.monotonic()
                 if message[0] == "begin":
                     self.current = message[1]
                 else:
                     _add(tally, *message[1:])
-                return None
         except EOFError:
             self.process.join()
             code = self.process.exitcode
