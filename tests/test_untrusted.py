@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -285,6 +286,15 @@ def test_a_manifest_names_files_of_its_own_splits_alone(deltas: Path, name: str)
     edit(deltas / "delta_dataset.json", lambda data: data["files"].update({name: "0" * 64}))
     with pytest.raises(GradTransformerError):
         load_delta_dataset(deltas)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_pipe_in_the_place_of_pairs_is_not_waited_for(deltas: Path, streaming: bool) -> None:
+    path = next((deltas / "data").glob("test-*.parquet"))
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DeltaDatasetError):
+        load_delta_dataset(deltas, streaming=streaming)
 
 
 def test_a_file_that_the_manifest_does_not_name_is_not_read(deltas: Path) -> None:

@@ -118,6 +118,15 @@ def check_parquet(paths: list[Path], expected: pa.Schema, num_pairs: int) -> Non
 
 
 def _read_footer(path: Path) -> tuple[pq.FileMetaData, pa.Schema]:
+    if not path.is_file():
+        # Opening a pipe would wait for whoever writes to it.
+        raise DeltaDatasetError(
+            "There is no such Parquet file.",
+            path=path,
+            expected="an ordinary file",
+            found="something else" if path.exists() else "no file",
+            remedy=_REMEDY,
+        )
     try:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
