@@ -216,9 +216,10 @@ class DeltaDatasetRecord(TypedDict):
 
     format_version: Positive
     plan_fingerprint: Digest
-    roots: dict[Literal["source", "target"], RootFactsRecord]
-    recipes: dict[Literal["source", "target"], Object]
-    layouts: dict[Literal["source", "target"], Object]
+    # Of both models.
+    roots: Annotated[dict[Literal["source", "target"], RootFactsRecord], Field(min_length=2)]
+    recipes: Annotated[dict[Literal["source", "target"], Object], Field(min_length=2)]
+    layouts: Annotated[dict[Literal["source", "target"], Object], Field(min_length=2)]
     data: DataRecord
     splits: dict[Split, SplitRecord]
     missing_runs: NotRequired[list[Name]]

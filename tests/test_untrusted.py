@@ -281,6 +281,13 @@ def test_a_parquet_file_cannot_hold_more_than_its_size(deltas: Path) -> None:
         load_delta_dataset(deltas)
 
 
+@pytest.mark.parametrize("part", ["roots", "recipes", "layouts"])
+def test_a_dataset_speaks_of_both_models(deltas: Path, part: str) -> None:
+    edit(deltas / "delta_dataset.json", lambda data: data[part].pop("source"))
+    with pytest.raises(GradTransformerError, match="not as expected"):
+        load_delta_dataset(deltas)
+
+
 @pytest.mark.parametrize("name", ["../other.parquet", "/etc/passwd", "data/../x.parquet", "data/later-0.parquet"])
 def test_a_manifest_names_files_of_its_own_splits_alone(deltas: Path, name: str) -> None:
     edit(deltas / "delta_dataset.json", lambda data: data["files"].update({name: "0" * 64}))
