@@ -35,7 +35,7 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
             remedy="wait for it; one that was killed holds nothing",
         ) from cause
     except NotImplementedError:
-        # A file system without locks: as before there were any.
+        # A file system without locks: nothing tells of another process.
         yield
         return
     try:
